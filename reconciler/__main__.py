@@ -1,0 +1,5 @@
+"""`python -m reconciler` is the command `fleet`."""
+
+from reconciler.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""What touches the world. Each adapter implements one Protocol of `ports`."""

@@ -1,0 +1,85 @@
+"""Replicas over HTTP: who answers at an address, is it well, and how busy is it.
+
+Paths as vLLM serves them: /health, /v1/models, /metrics, /v1/completions. The identity is the
+served name `<model>@<job id>` that only that job's engine was started with.
+"""
+
+import asyncio
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import httpx
+
+from reconciler.naming import Run
+from reconciler.state import Health, Job, JobKey, Probe
+
+_TIMEOUT_S = 3.0
+# A cold engine's first token takes longer than a health answer.
+_COMPLETION_TIMEOUT_S = 30.0
+# Sockets open at once; a cycle over 1,000 replicas must not exhaust the host's file limit.
+_AT_ONCE = 100
+
+_ONGOING = re.compile(
+    r"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? ([0-9.eE+-]+)$", re.MULTILINE
+)
+
+
+class HttpEngines:
+    """The adapter for OpenAI-compatible engines with vLLM's paths."""
+
+    def probe(self, jobs: Sequence[Job], proven: Iterable[JobKey]) -> Mapping[JobKey, Probe]:
+        published = [(job, job.run) for job in jobs if job.run is not None]
+        return asyncio.run(self._probe_all(published, frozenset(proven)))
+
+    async def _probe_all(
+        self, jobs: Sequence[tuple[Job, Run]], proven: Collection[JobKey]
+    ) -> Mapping[JobKey, Probe]:
+        limits = httpx.Limits(max_connections=_AT_ONCE, max_keepalive_connections=0)
+        async with httpx.AsyncClient(timeout=_TIMEOUT_S, limits=limits, trust_env=False) as client:
+            probes = await asyncio.gather(
+                *(_probe(client, job, run, job.key in proven) for job, run in jobs)
+            )
+        return {job.key: probe for (job, _), probe in zip(jobs, probes, strict=True)}
+
+
+async def _probe(client: httpx.AsyncClient, job: Job, run: Run, proven: bool) -> Probe:
+    base = f"http://{run.address}"
+    try:
+        return await _look(client, base, job, proven)
+    except httpx.ConnectError:
+        return Probe(health=Health.STARTING, detail="nothing listens at its address")
+    except httpx.TimeoutException:
+        return Probe(health=Health.SILENT, detail="no answer in time")
+    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        return Probe(
+            health=Health.SICK, detail=f"not an answer of an engine: {type(error).__name__}"
+        )
+
+
+async def _look(client: httpx.AsyncClient, base: str, job: Job, proven: bool) -> Probe:
+    identity = f"{job.name.model}@{job.id}"
+    models = await client.get(f"{base}/v1/models")
+    models.raise_for_status()
+    names = {item["id"] for item in models.json()["data"]}
+    if identity not in names:
+        return Probe(health=Health.IMPOSTOR, detail=f"it serves {', '.join(sorted(names))[:80]}")
+    health = await client.get(f"{base}/health")
+    if health.status_code != 200:
+        return Probe(health=Health.SICK, detail=f"/health answers {health.status_code}")
+    if not proven:
+        answer = await client.post(
+            f"{base}/v1/completions",
+            json={"model": identity, "prompt": "a", "max_tokens": 1},
+            timeout=_COMPLETION_TIMEOUT_S,
+        )
+        if answer.status_code != 200 or not answer.json()["choices"]:
+            detail = f"a one-token completion answers {answer.status_code}"
+            return Probe(health=Health.SICK, detail=detail)
+    metrics = await client.get(f"{base}/metrics")
+    return Probe(health=Health.READY, ongoing=parse_ongoing(metrics.text))
+
+
+def parse_ongoing(metrics: str) -> int | None:
+    """Return running plus waiting requests over all engines of a scrape, None if it tells neither."""
+    values = _ONGOING.findall(metrics)
+    return round(sum(map(float, values))) if values else None

@@ -1,0 +1,86 @@
+"""What the reconciler needs from the world: one narrow Protocol each."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from reconciler.plan import JobRef
+from reconciler.routes import GatewayFiles
+from reconciler.spec import Fleet
+from reconciler.state import GatewayView, Job, JobKey, Memory, Probe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """All jobs of one fleet and user. `odd_lines` counts records that could not be read."""
+
+    jobs: tuple[Job, ...]
+    odd_lines: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImagePin:
+    """What an image of the spec stands for: the program to start, and the digest of its content."""
+
+    program: str
+    digest: str
+
+
+class Slurm(Protocol):
+    """The cluster. Every call raises SlurmUnavailable when nothing can be known."""
+
+    def jobs(self, fleet: str) -> Listing:
+        """Return all jobs that bear the fleet's name and belong to this user."""
+
+    def nodes(self) -> Mapping[str, str]:
+        """Return each node's state word, lower case; a `*` at its end means it does not respond."""
+
+    def submit(self, script: str) -> int:
+        """Submit and return the job's id. Raises SubmitRejected or SubmitUnknown."""
+
+    def drain(self, job: JobRef) -> None:
+        """Send USR1 to the batch shell, and to nothing else, of a running job."""
+
+    def cancel(self, job: JobRef, *, pending: bool) -> None:
+        """Cancel the job; with `pending` only if it still waits."""
+
+
+class Engines(Protocol):
+    """The replicas' addresses."""
+
+    def probe(self, jobs: Sequence[Job], proven: Iterable[JobKey]) -> Mapping[JobKey, Probe]:
+        """Ask every job that published an address, all at once, each bounded in time.
+
+        Jobs in `proven` get no completion: they have answered one before.
+        """
+
+
+class Gateways(Protocol):
+    """The fleet's NGINX hosts."""
+
+    def look(self) -> tuple[GatewayView, ...]:
+        """Return what each gateway runs; an unreachable one has its error."""
+
+    def change(self, name: str, files: GatewayFiles) -> None:
+        """Test, swap, reload and verify. Raises GatewayFailed; the last configuration serves on."""
+
+
+class Images(Protocol):
+    """The provisioned images."""
+
+    def pins(self, fleet: Fleet) -> tuple[Mapping[str, ImagePin], Mapping[str, str]]:
+        """Return the pin of each image of the spec, and one line for each that has none."""
+
+
+class Store(Protocol):
+    """Where memory lives between cycles."""
+
+    def load(self) -> Memory:
+        """Return the memory, an empty one if there is none or it can't be read."""
+
+    def save(self, memory: Memory) -> None:
+        """Replace the memory atomically. Raises StateFailed."""
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Hold the fleet's one lock. Raises LockHeld, which says who has it, or StateFailed."""

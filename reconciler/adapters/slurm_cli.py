@@ -1,0 +1,160 @@
+"""Slurm through its own commands, in an environment that holds nothing of ours but what they need.
+
+Formats: squeue(1) and sinfo(1). Every record starts with a marker that no comment can guess, so a
+vandalised comment (any character, newlines included) spoils one job only.
+"""
+
+import os
+import pwd
+import re
+import secrets
+import subprocess
+from collections.abc import Mapping, Sequence
+
+from reconciler.adapters.ports import Listing
+from reconciler.errors import SlurmUnavailable, SubmitRejected, SubmitUnknown
+from reconciler.naming import parse_comment, parse_name
+from reconciler.plan import JobRef
+from reconciler.state import Job
+
+# What Slurm's commands need of our environment. A token that lies in the rest must not reach a
+# job, and SQUEUE_* or SLURM_* variables must not change what a command prints.
+_PASSED = ("PATH", "HOME", "USER", "LOGNAME", "SLURM_CONF")
+_TIMEOUT_S = 20.0
+
+# squeue's names of the fields, in the order that `_job` takes them.
+_FIELDS = (
+    *("JobID", "UserName", "State", "SubmitTime", "StartTime", "EndTime", "NodeList"),
+    *("Reason", "RestartCnt", "Name", "Comment"),
+)
+
+# sbatch's words for "it may have been accepted" (slurm_errno.h; seen on 22.05 and 24.11).
+_UNSURE = re.compile(
+    r"timed out|unable to contact|connection (?:refused|reset)|zero bytes|communication|"
+    r"unexpected message|transport endpoint",
+    re.IGNORECASE,
+)
+_SUBMITTED = re.compile(r"^(\d+)(?:;\S*)?$", re.MULTILINE)
+
+
+class SlurmCli:
+    """The adapter for squeue, sinfo, sbatch and scancel."""
+
+    def __init__(self, *, timeout_s: float = _TIMEOUT_S) -> None:
+        self._user = pwd.getpwuid(os.getuid()).pw_name
+        self._timeout_s = timeout_s
+
+    def jobs(self, fleet: str) -> Listing:
+        mark = f"|{secrets.token_hex(8)}|"
+        fields = ",".join(f"{field}:{mark}" for field in _FIELDS)
+        output = self._query(["squeue", "--me", "--states=all", "--noheader", f"--Format={fields}"])
+        return parse_listing(output, mark=mark, fleet=fleet, user=self._user)
+
+    def nodes(self) -> Mapping[str, str]:
+        output = self._query(["sinfo", "--noheader", "--Node", "--format=%N %T"])
+        pairs = (line.split(None, 1) for line in output.splitlines())
+        return {pair[0]: pair[1].strip().lower() for pair in pairs if len(pair) == 2}
+
+    def submit(self, script: str) -> int:
+        try:
+            done = self._run(["sbatch", "--parsable"], stdin=script)
+        except subprocess.TimeoutExpired:
+            raise SubmitUnknown(f"sbatch gave no answer in {self._timeout_s:g} s") from None
+        said = _one_line(done.stderr)
+        if done.returncode != 0:
+            if done.returncode < 0 or _UNSURE.search(done.stderr):
+                raise SubmitUnknown(f"sbatch: {said}")
+            raise SubmitRejected(f"sbatch: {said}")
+        ids = _SUBMITTED.findall(done.stdout)
+        if len(ids) != 1:
+            raise SubmitUnknown(f"sbatch said neither yes nor no: {_one_line(done.stdout)}")
+        return int(ids[0])
+
+    def drain(self, job: JobRef) -> None:
+        # --state: on a pending job the signal would hang for a minute and a half.
+        self._scancel(["--batch", "--signal=USR1", "--state=RUNNING"], job)
+
+    def cancel(self, job: JobRef, *, pending: bool) -> None:
+        self._scancel(["--state=PENDING"] if pending else [], job)
+
+    def _scancel(self, options: Sequence[str], job: JobRef) -> None:
+        # Name and user are checked by Slurm itself: an id alone may mean another job by now.
+        verified = [f"--user={self._user}", f"--name={job.name}"]
+        self._query(["scancel", *options, *verified, str(job.id)])
+
+    def _query(self, argv: Sequence[str]) -> str:
+        try:
+            done = self._run(argv)
+        except subprocess.TimeoutExpired:
+            raise SlurmUnavailable(f"{argv[0]} gave no answer in {self._timeout_s:g} s") from None
+        if done.returncode != 0:
+            raise SlurmUnavailable(f"{argv[0]}: {_one_line(done.stderr)}")
+        return done.stdout
+
+    def _run(self, argv: Sequence[str], stdin: str = "") -> subprocess.CompletedProcess[str]:
+        environment = {key: os.environ[key] for key in _PASSED if key in os.environ}
+        # SLURM_TIME_FORMAT makes every time an epoch.
+        environment |= {"LC_ALL": "C", "SLURM_TIME_FORMAT": "%s"}
+        try:
+            return subprocess.run(
+                argv,
+                input=stdin,
+                env=environment,
+                capture_output=True,
+                timeout=self._timeout_s,
+                encoding="utf-8",
+                errors="replace",
+                check=False,
+            )
+        except FileNotFoundError:
+            raise SlurmUnavailable(f"{argv[0]} is not on PATH: run fleet on a login node") from None
+
+
+def parse_listing(output: str, *, mark: str, fleet: str, user: str) -> Listing:
+    """Return the jobs in squeue's output that are ours; foreign ones are left out.
+
+    `mark` stands behind each field. A record that can't be read is counted and spoils no other.
+    Raises SlurmUnavailable if the output is cut short or is not such a listing at all.
+    """
+    *fields, rest = output.split(mark)
+    if rest.strip() or len(fields) % len(_FIELDS):
+        raise SlurmUnavailable("squeue: its answer is cut short")
+    jobs, odd_lines = [], 0
+    for start in range(0, len(fields), len(_FIELDS)):
+        record = [field.strip("\n") for field in fields[start : start + len(_FIELDS)]]
+        name = parse_name(record[9])
+        if name is None or name.fleet != fleet or record[1] != user:
+            continue
+        try:
+            jobs.append(_job(record))
+        except ValueError:
+            odd_lines += 1
+    return Listing(jobs=tuple(jobs), odd_lines=odd_lines)
+
+
+def _job(record: Sequence[str]) -> Job:
+    job_id, _, state, submitted, started, ends, nodes, reason, restarts, name, comment = record
+    replica = parse_name(name)
+    if replica is None or not state:
+        raise ValueError(f"not a job of ours: {name!r}")
+    return Job(
+        id=int(job_id),
+        submitted_at=int(submitted),
+        name=replica,
+        state=state,
+        reason=reason,
+        nodes=nodes,
+        started_at=_time(started),
+        ends_at=_time(ends),
+        restarts=int(restarts),
+        comment=parse_comment(comment),
+    )
+
+
+def _time(text: str) -> int | None:
+    """Return an epoch time; Slurm writes N/A, Unknown or NONE for one that is not known."""
+    return int(text) if text.isdecimal() else None
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:300] or "no reason given"

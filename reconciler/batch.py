@@ -1,0 +1,126 @@
+"""A submission to the text of its batch script: arguments in, text out.
+
+Every sbatch option is an #SBATCH line, so the script alone is enough to submit the job again.
+What comes from the spec is quoted by shlex for bash; what stands on an #SBATCH line is a word
+that the spec has checked. Bash 4.2 and newer, curl, and Slurm's own commands are all it needs.
+"""
+
+import json
+import shlex
+from collections.abc import Iterator
+from importlib.resources import files
+
+from reconciler.naming import ReplicaName, submit_comment
+from reconciler.spec import Fleet, Image, Model
+
+# The job's own half of the script; the rendered half above it only sets variables.
+_BODY = files("reconciler").joinpath("replica.sh").read_text(encoding="utf-8")
+
+# Where weights appear inside the container; one place, so that no host path reaches the engine.
+_WEIGHTS_INSIDE = "/models"
+
+
+def batch_script(
+    fleet: Fleet, model: Model, name: ReplicaName, *, program: str, commit: str | None
+) -> str:
+    """Return the whole script of one replica.
+
+    `program` is the SIF's path for runtime apptainer, the executable's path for runtime none.
+    """
+    image = fleet.images[model.image]
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            *_sbatch_lines(fleet, model, name, commit),
+            "",
+            f"comment_base={shlex.quote(submit_comment(name, gpus=model.resources.gpus, commit=commit)[:-1])}",
+            f"model={shlex.quote(model.name)}",
+            _array("names", [*model.names]),
+            _array("launch", _launch(image, model, program)),
+            _array("arguments", _arguments(fleet, model)),
+            _array("environment", [f"{key}={value}" for key, value in _environment(model).items()]),
+            f"contained={'true' if image.runtime == 'apptainer' else 'false'}",
+            "",
+            _BODY,
+        ]
+    )
+
+
+def _sbatch_lines(
+    fleet: Fleet, model: Model, name: ReplicaName, commit: str | None
+) -> Iterator[str]:
+    slurm = fleet.slurm_for(model)
+    comment = submit_comment(name, gpus=model.resources.gpus, commit=commit)
+    options = {
+        "job-name": str(name),
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "time": slurm.walltime,
+        "nodes": "1",
+        "ntasks": "1",
+        "cpus-per-task": str(model.resources.cpus),
+        "mem": model.resources.memory,
+        "gres": f"gpu:{model.resources.gpus}",
+        # Slurm itself never has two jobs of one name and user RUNNING.
+        "dependency": "singleton",
+        # sbatch's parser takes single quotes; a comment of ours holds none (naming.py).
+        "comment": f"'{comment}'",
+        "output": f"'{slurm.log_dir}/%x.%j.log'",
+    }
+    for option, value in options.items():
+        if value is not None:
+            yield f"#SBATCH --{option}={value}"
+    # A requeue keeps the id, waits two minutes and moves; a new job is quicker and clearer.
+    yield "#SBATCH --no-requeue"
+
+
+def _array(name: str, words: list[str]) -> str:
+    return f"{name}=({' '.join(map(shlex.quote, words))})"
+
+
+def _launch(image: Image, model: Model, program: str) -> list[str]:
+    """Return the words before the engine's own: the container's, or the program's path."""
+    if image.runtime == "none":
+        return [program]
+    nv = ["--nv"] if model.resources.gpus else []
+    return [
+        *("apptainer", "exec", *nv, "--cleanenv", "--containall", "--no-mount", "home"),
+        *("--bind", f"{model.weights}:{_WEIGHTS_INSIDE}:ro"),
+        *("--workdir", "@SCRATCH@", program, "vllm"),
+    ]
+
+
+def _arguments(fleet: Fleet, model: Model) -> list[str]:
+    image = fleet.images[model.image]
+    weights = model.weights if image.runtime == "none" else _WEIGHTS_INSIDE
+    words = ["serve", weights, f"--shutdown-timeout={fleet.drain_timeout_s(model)}"]
+    for key, value in model.args.items():
+        words += engine_argument(key, value)
+    return words
+
+
+def engine_argument(key: str, value: object) -> list[str]:
+    """Return the words of one engine argument: true is a flag, false its --no- form."""
+    flag = f"--{key}"
+    if value is True:
+        return [flag]
+    if value is False:
+        return [f"--no-{key}"]
+    if isinstance(value, list):
+        return [flag, *(_word(item) for item in value)]
+    # One word with `=`: a value with a leading dash stays a value.
+    return [f"{flag}={_word(value)}"]
+
+
+def _word(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _environment(model: Model) -> dict[str, str]:
+    """Return what the engine's environment holds besides what the job script adds."""
+    return {
+        # Longer than NGINX keeps an idle connection (60 s): else it reuses one that just closed.
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120",
+        **model.env,
+    }

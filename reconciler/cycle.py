@@ -1,0 +1,37 @@
+"""One cycle: look, remember, plan, act."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from reconciler.adapters.ports import ImagePin
+from reconciler.execute import Say, execute
+from reconciler.memory import learn, remember
+from reconciler.observe import World, observe
+from reconciler.plan import Plan
+from reconciler.planner import plan
+from reconciler.spec import Fleet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a cycle decided, and one line for each action that failed."""
+
+    plan: Plan
+    errors: tuple[str, ...]
+
+
+def look(fleet: Fleet, world: World) -> tuple[Plan, Mapping[str, ImagePin]]:
+    """Return the plan for the world as it is now; nothing is changed, nothing is remembered."""
+    observation, pins = observe(fleet, world, time.time())
+    return plan(fleet, observation, learn(world.store.load(), observation)), pins
+
+
+def cycle(fleet: Fleet, world: World, *, commit: str | None, say: Say) -> Outcome:
+    """Run one cycle. The caller holds the lock."""
+    observation, pins = observe(fleet, world, time.time())
+    memory = learn(world.store.load(), observation)
+    decided = plan(fleet, observation, memory)
+    world.store.save(remember(memory, decided))
+    errors = execute(decided, fleet, world, pins, commit=commit, say=say)
+    return Outcome(plan=decided, errors=tuple(errors))

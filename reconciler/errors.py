@@ -1,0 +1,65 @@
+"""What can go wrong, named for what the caller can do about it.
+
+::
+
+    FleetError                 one line for the user, exit code 1
+    ├── SpecError              the spec is wrong: edit it (holds every problem, each with its position)
+    ├── SlurmUnavailable       Slurm did not answer: nothing is known, so do nothing and look again
+    ├── SubmitRejected         Slurm said no: nothing was submitted
+    ├── SubmitUnknown          Slurm may have accepted: look again before submitting that name
+    ├── GatewayFailed          a gateway kept its last configuration: it still serves
+    ├── LockHeld               another reconciler is at work on this fleet
+    └── StateFailed            the memory's file can't be read or written
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class FleetError(Exception):
+    """Base of all errors that a user may see; its text is one line: what, where, what to do."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Problem:
+    """One mistake in a spec, at `file:line:column` (both counted from 1)."""
+
+    file: str
+    line: int
+    column: int
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}: {self.message}"
+
+
+class SpecError(FleetError):
+    """The spec can't be used. `problems` holds all of them, in the order of the files."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(sorted(set(problems)))
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+class SlurmUnavailable(FleetError):
+    """Slurm did not answer, or not in a way that can be trusted."""
+
+
+class SubmitRejected(FleetError):
+    """Slurm refused a job; no job exists."""
+
+
+class SubmitUnknown(FleetError):
+    """A submission's outcome is unknown; never repeat it in the same cycle."""
+
+
+class GatewayFailed(FleetError):
+    """A gateway could not be read or changed; its last configuration keeps serving."""
+
+
+class LockHeld(FleetError):
+    """Another reconciler holds this fleet's lock."""
+
+
+class StateFailed(FleetError):
+    """The memory's file can't be read or written."""

@@ -1,0 +1,115 @@
+"""The identity of a replica: its Slurm job name, and the line of JSON in its job's comment.
+
+The name is `<fleet>.<model>.<revision>.<ordinal>`; fleet and model are DNS labels, so a dot can't
+occur inside a part and names round-trip. A job whose name does not parse is foreign.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from typing import Any
+
+LABEL = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
+_NAME = re.compile(rf"({LABEL})\.({LABEL})\.([0-9a-f]{{8}})\.(0|[1-9][0-9]{{0,5}})")
+
+COMMENT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class ReplicaName:
+    """Who a replica is, within its cluster."""
+
+    fleet: str
+    model: str
+    revision: str
+    ordinal: int
+
+    def __str__(self) -> str:
+        return f"{self.fleet}.{self.model}.{self.revision}.{self.ordinal}"
+
+
+def parse_name(text: str) -> ReplicaName | None:
+    """Return the replica that a Slurm job name denotes, or None: that job is foreign."""
+    match = _NAME.fullmatch(text)
+    if match is None:
+        return None
+    fleet, model, revision, ordinal = match.groups()
+    return ReplicaName(fleet=fleet, model=model, revision=revision, ordinal=int(ordinal))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What the job says of itself once it runs. Void when node or restarts differ from Slurm's."""
+
+    node: str
+    restarts: int
+    address: str
+    trap_ready: bool
+    ready_at: int | None
+    draining: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comment:
+    """A job's comment: the first fields are set at submission, `run` by the job itself."""
+
+    gpus: int
+    commit: str | None
+    run: Run | None
+
+
+def submit_comment(name: ReplicaName, *, gpus: int, commit: str | None) -> str:
+    """Return the comment that a job is submitted with: public, one line, ASCII, no quote marks."""
+    return json.dumps(
+        {
+            "v": COMMENT_VERSION,
+            "fleet": name.fleet,
+            "model": name.model,
+            "revision": name.revision,
+            "commit": commit,
+            "gpus": gpus,
+        },
+        separators=(",", ":"),
+    )
+
+
+def parse_comment(text: str) -> Comment | None:
+    """Return what a comment says, or None if it is not one of ours (its owner may overwrite it)."""
+    try:
+        record = json.loads(text)
+        if record["v"] != COMMENT_VERSION:
+            return None
+        return Comment(
+            gpus=_count(record["gpus"]),
+            commit=record.get("commit"),
+            run=_parse_run(record["run"]) if "run" in record else None,
+        )
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _parse_run(record: dict[str, Any]) -> Run:
+    ready = record["ready"]
+    return Run(
+        node=str(record["node"]),
+        restarts=_count(record["restarts"]),
+        address=_address(str(record["address"])),
+        trap_ready=record["trap_ready"] is True,
+        ready_at=None if ready is None else _count(ready),
+        draining=record["draining"] is True,
+    )
+
+
+def _address(text: str) -> str:
+    """Return `IPv4:port` in its one canonical form; nothing else may reach NGINX's configuration."""
+    host, _, port = text.partition(":")
+    if not re.fullmatch(r"[1-9][0-9]{0,4}", port, re.ASCII) or int(port) > 65535:
+        raise ValueError(f"not a port: {port!r}")
+    return f"{IPv4Address(host)}:{port}"
+
+
+def _count(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"not a count: {value!r}")
+    return value

@@ -1,0 +1,54 @@
+"""One look at the world: each adapter is asked once; what can't be read is recorded as unknown."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from reconciler.adapters.ports import Engines, Gateways, ImagePin, Images, Slurm, Store
+from reconciler.errors import SlurmUnavailable
+from reconciler.spec import Fleet
+from reconciler.state import Job, JobKey, Observation, Probe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """Everything outside of the process, one adapter each."""
+
+    slurm: Slurm
+    engines: Engines
+    gateways: Gateways
+    images: Images
+    store: Store
+
+
+def observe(fleet: Fleet, world: World, at: float) -> tuple[Observation, Mapping[str, ImagePin]]:
+    """Return what is seen now, and the images' pins. Unknown is never taken for absent."""
+    gateways = world.gateways.look()
+    pins, image_errors = world.images.pins(fleet)
+    jobs: tuple[Job, ...] | None = None
+    jobs_error: str | None = None
+    odd_lines = 0
+    try:
+        listing = world.slurm.jobs(fleet.fleet)
+        jobs, odd_lines = listing.jobs, listing.odd_lines
+    except SlurmUnavailable as error:
+        jobs_error = str(error)
+    proven = [target.key for view in gateways for target in view.targets]
+    probes: Mapping[JobKey, Probe] = world.engines.probe(jobs or (), proven)
+    return Observation(
+        at=at,
+        jobs=jobs,
+        jobs_error=jobs_error,
+        odd_lines=odd_lines,
+        nodes=_nodes(world) if jobs else None,
+        probes=probes,
+        gateways=gateways,
+        image_digests={name: pin.digest for name, pin in pins.items()},
+        image_errors=image_errors,
+    ), pins
+
+
+def _nodes(world: World) -> Mapping[str, str] | None:
+    try:
+        return world.slurm.nodes()
+    except SlurmUnavailable:
+        return None  # without it no node counts as down, which is the cautious way

@@ -1,0 +1,209 @@
+"""The plan: what to do now, in order, and what is not done although it differs. JSON both ways."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter
+
+from reconciler.naming import ReplicaName
+from reconciler.state import JobKey, Target
+
+
+class Reason(StrEnum):
+    """Why an action is taken; one per action."""
+
+    MISSING = "missing"
+    STALE = "stale"
+    DUPLICATE = "duplicate"
+    NOT_IN_SPEC = "not in spec"
+    UNHEALTHY = "unhealthy"
+    STARTUP_TIMEOUT = "startup timeout"
+    SURPLUS = "surplus"
+
+
+class NoteKind(StrEnum):
+    """Why something that differs is left as it is for now."""
+
+    NO_LISTING = "no listing"
+    SUSPICIOUS_LISTING = "suspicious listing"
+    ODD_LINES = "odd lines"
+    UNKNOWN_STATE = "unknown state"
+    IMAGE_UNKNOWN = "image unknown"
+    SUSPENDED = "suspended"
+    BACKOFF = "backoff"
+    BUDGET = "budget"
+    ROLLING = "rolling"
+    PENDING = "pending"
+    STARTING = "starting"
+    SILENT = "silent"
+    IMPOSTOR = "impostor"
+    OBSERVER = "observer"
+    DRAINING = "draining"
+    GATEWAY = "gateway"
+
+
+# With one of these, something was not seen and so nothing was decided for it (exit code 4).
+UNOBSERVED = frozenset(
+    {NoteKind.NO_LISTING, NoteKind.SUSPICIOUS_LISTING, NoteKind.IMAGE_UNKNOWN, NoteKind.GATEWAY}
+)
+
+
+class Status(StrEnum):
+    """What a replica is doing, in one word."""
+
+    PENDING = "pending"
+    STARTING = "starting"
+    READY = "ready"
+    SILENT = "silent"
+    SICK = "sick"
+    IMPOSTOR = "impostor"
+    LEAVING = "leaving"
+    DRAINING = "draining"
+    ENDING = "ending"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRef:
+    """A job, verified by all of these before anything is done to it."""
+
+    id: int
+    submitted_at: int
+    name: ReplicaName
+
+    @property
+    def key(self) -> JobKey:
+        return (self.id, self.submitted_at)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submit:
+    """Submit one job of this name."""
+
+    kind: Literal["submit"] = "submit"
+    name: ReplicaName
+    gpus: int
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """Make these gateways send requests to exactly these targets."""
+
+    kind: Literal["route"] = "route"
+    gateways: tuple[str, ...]
+    generation: str
+    targets: tuple[Target, ...]
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drain:
+    """Tell the job's shell (USR1) to let its engine finish and end."""
+
+    kind: Literal["drain"] = "drain"
+    job: JobRef
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancel:
+    """End the job now: it is pending, or past its drain timeout."""
+
+    kind: Literal["cancel"] = "cancel"
+    job: JobRef
+    pending: bool
+    reason: Reason
+
+
+Action = Annotated[Submit | Route | Drain | Cancel, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Note:
+    """What is held back, why, and until when (epoch seconds) if that is known."""
+
+    kind: NoteKind
+    subject: str  # a model, a replica or a gateway
+    text: str
+    until: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaView:
+    """One live job as people see it."""
+
+    name: ReplicaName
+    job_id: int
+    status: Status
+    routed: bool
+    current: bool  # of the wanted revision
+    node: str
+    address: str
+    since: int | None  # when the job was submitted
+    ends_at: int | None
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelView:
+    """One model of the spec: how many replicas are wanted, and how many answer."""
+
+    name: str
+    revision: str | None
+    wanted: int
+    ready: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything that one cycle decided, and what it saw of each replica."""
+
+    fleet: str
+    at: float
+    actions: tuple[Action, ...]
+    notes: tuple[Note, ...]
+    models: tuple[ModelView, ...]
+    replicas: tuple[ReplicaView, ...]
+    leaving: tuple[JobKey, ...]
+    gpus_held: int
+    gpus_budget: int
+
+    @property
+    def observed(self) -> bool:
+        """Whether all that decisions need was seen."""
+        return not any(note.kind in UNOBSERVED for note in self.notes)
+
+    @property
+    def converged(self) -> bool:
+        """Whether there is nothing to do and nothing to wait for."""
+        settled = all(view.ready == view.wanted for view in self.models)
+        extra = any(
+            not view.current or view.status is not Status.READY or not view.routed
+            for view in self.replicas
+        )
+        return self.observed and settled and not self.actions and not extra
+
+
+_ADAPTER = TypeAdapter(Plan)
+
+
+def to_json(plan: Plan) -> str:
+    """Return the plan as JSON; `from_json` gives an equal plan back."""
+    return _ADAPTER.dump_json(plan, indent=2).decode()
+
+
+def from_json(text: str) -> Plan:
+    """Return the plan that `to_json` wrote. Raises pydantic.ValidationError for anything else."""
+    return _ADAPTER.validate_json(text)
+
+
+def summary(plan: Plan) -> Mapping[str, int]:
+    """Return how many actions of each kind the plan has, kinds without any left out."""
+    counts: dict[str, int] = {}
+    for action in plan.actions:
+        counts[action.kind] = counts.get(action.kind, 0) + 1
+    return counts

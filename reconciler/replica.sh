@@ -1,0 +1,147 @@
+# One replica: start the engine, say where it is, drain when told, end as the engine ends.
+# The lines above set: comment_base model names launch arguments environment contained
+# shellcheck shell=bash disable=SC2154,SC2317
+set -u
+
+# Below the range that Linux gives to outgoing connections (32768 and up).
+readonly first_port=20000 last_port=29999
+# How often a lost port is replaced by another before giving up.
+readonly port_tries=5
+
+trap_ready=false ready=null draining=false address='' engine='' publisher=''
+
+say() { printf '%(%F %T)T fleet: %s\n' -1 "$*"; }
+
+# The address that others reach this node by: what Slurm itself uses, else the host's first one.
+node_address() {
+  local name
+  name=$(scontrol show node "$SLURMD_NODENAME" 2>/dev/null | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+  {
+    getent ahostsv4 "${name:-$SLURMD_NODENAME}" | cut -d' ' -f1
+    hostname -I | tr ' ' '\n'
+  } | grep -v '^127\.' | grep -E -m1 '^[0-9]+\.[0-9.]+$'
+}
+
+comment() {
+  printf '%s,"run":{"node":"%s","restarts":%d,"address":"%s","trap_ready":%s,"ready":%s,"draining":%s}}' \
+    "$comment_base" "$SLURMD_NODENAME" "${SLURM_RESTART_COUNT:-0}" "$address" "$trap_ready" "$ready" "$draining"
+}
+
+# Publish what is true now; slurmctld may be busy or down for minutes, so it is retried aside.
+# Only the newest publication lives: an older one must not overwrite it.
+publish() {
+  local text
+  text=$(comment)
+  [[ -z $publisher ]] || { kill "$publisher" && wait "$publisher"; } 2>/dev/null
+  (
+    trap - USR1 TERM EXIT
+    until timeout 10 scontrol update jobid="$SLURM_JOB_ID" comment="$text" >/dev/null 2>&1; do sleep 2; done
+  ) &
+  publisher=$!
+}
+
+# True if something on this node listens on the port (any address, IPv4 or IPv6).
+listens() {
+  local hex
+  printf -v hex ':%04X' "$1"
+  cat /proc/net/tcp /proc/net/tcp6 2>/dev/null | awk -v port="$hex" \
+    '$4 == "0A" && substr($2, length($2) - 4) == port { found = 1 } END { exit !found }'
+}
+
+# Choose a port that nobody listens on and no other replica on this node has reserved. The lock is
+# held as long as this script runs, so two replicas never choose the same one.
+choose_port() {
+  local span=$((last_port - first_port + 1)) offset locks="${TMPDIR:-/tmp}/fleet-ports-$UID"
+  mkdir -m 700 "$locks" 2>/dev/null
+  # A folder that another user made would let them hold our locks, or point them at our files.
+  [[ -O $locks && -d $locks && ! -L $locks ]] || { say "$locks is not ours; remove it"; return 1; }
+  for ((offset = 0; offset < span; offset++)); do
+    port=$((first_port + (SLURM_JOB_ID * 7 + tried + offset) % span))
+    listens "$port" && continue
+    exec {port_lock}>"$locks/$port" || continue
+    flock -n "$port_lock" && return 0
+    exec {port_lock}>&-
+  done
+  say "no free port between $first_port and $last_port on $SLURMD_NODENAME"
+  return 1
+}
+
+start_engine() {
+  choose_port || exit 1
+  address="$node:$port"
+  say "engine starts on $address"
+  "${launch[@]}" "${arguments[@]}" --host "$node" --port "$port" \
+    --served-model-name "${names[@]}" "${names[0]}@$SLURM_JOB_ID" &
+  engine=$!
+  publish
+}
+
+answers() {
+  curl --silent --fail --max-time 2 --output /dev/null "http://$address/health" 2>/dev/null
+}
+
+# USR1: publish `draining` first, so that nobody routes here or counts on this job, then let the
+# engine's API process finish. Its children get no signal: that would cut the streams in flight.
+drain() {
+  $draining && return
+  draining=true
+  say "draining"
+  timeout 10 scontrol update jobid="$SLURM_JOB_ID" comment="$(comment)" >/dev/null 2>&1 || publish
+  [[ -n $engine ]] || exit 0
+  kill -TERM "$engine" 2>/dev/null
+}
+
+# TERM comes to every process of the job at once (scancel, walltime): only wait for the engine.
+trap 'say "told to end"; draining=true' TERM
+trap drain USR1
+trap '[[ -z $publisher ]] || kill "$publisher" 2>/dev/null; rm -rf "$scratch"' EXIT
+trap_ready=true
+
+scratch=$(mktemp -d "${TMPDIR:-/tmp}/fleet-$SLURM_JOB_ID.XXXXXX") || exit 1
+launch=("${launch[@]/#@SCRATCH@/$scratch}")
+node=$(node_address)
+if [[ -z $node ]]; then
+  say "this node has no address that others could reach"
+  exit 1
+fi
+
+# The container starts from an empty environment; what the engine may see goes in by name, never
+# as an argument, which every user of the node could read.
+prefix=''
+if $contained; then
+  prefix=APPTAINERENV_
+  export APPTAINERENV_CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-}" APPTAINERENV_USER="$USER"
+  export APPTAINERENV_HOME=/tmp APPTAINERENV_XDG_CACHE_HOME=/tmp/cache APPTAINERENV_VLLM_CACHE_ROOT=/tmp/vllm
+  export APPTAINERENV_TRITON_CACHE_DIR=/tmp/triton APPTAINERENV_TORCHINDUCTOR_CACHE_DIR=/tmp/inductor
+fi
+for variable in "${environment[@]}"; do export "$prefix$variable"; done
+
+tried=0
+start_engine
+while true; do
+  while kill -0 "$engine" 2>/dev/null; do
+    if [[ $ready == null ]]; then
+      if ! $draining && answers; then
+        printf -v ready '%(%s)T' -1
+        say "engine ready"
+        publish
+        continue
+      fi
+      sleep 1 &
+      wait $!
+    else
+      wait "$engine"
+    fi
+  done
+  wait "$engine"
+  status=$?
+  # Someone else took the port between the choice and the bind: choose another.
+  if [[ $ready == null ]] && ! $draining && listens "$port" && ((++tried < port_tries)); then
+    say "port $port was taken by another process"
+    start_engine
+    continue
+  fi
+  break
+done
+say "engine ended with status $status"
+exit "$status"

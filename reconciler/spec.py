@@ -1,0 +1,417 @@
+"""The fleet spec: what is wanted. Strict models, and the folder reader that finds every mistake.
+
+A folder holds `fleet.yaml` and any number of `models/*.yaml` (one model a file), read as one.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from reconciler import source
+from reconciler.errors import Problem, SpecError
+from reconciler.naming import LABEL
+
+# Slurm keeps 1,024 bytes of a job name; NGINX and people want it far shorter.
+_LABEL_MAX = 40
+
+_DURATION = re.compile(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::\d+){0,2})")
+_MEMORY = re.compile(r"(?P<number>[1-9]\d*)(?P<unit>[MGT])")
+_MEMORY_MIB = {"M": 1, "G": 1024, "T": 1024 * 1024}
+
+
+def parse_duration(text: str) -> int:
+    """Return the seconds of a Slurm time: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S (sbatch(1)).
+
+    Raises ValueError for anything else, such as UNLIMITED, INVALID or N/A.
+    """
+    match = _DURATION.fullmatch(text)
+    if match is None:
+        raise ValueError("must be a Slurm time such as 30:00, 12:00:00 or 1-00:00:00")
+    parts = [int(part) for part in match["clock"].split(":")]
+    if match["days"] is not None:
+        hours, minutes, seconds = (parts + [0, 0])[:3]
+        return ((int(match["days"]) * 24 + hours) * 60 + minutes) * 60 + seconds
+    if len(parts) == 3:
+        return (parts[0] * 60 + parts[1]) * 60 + parts[2]
+    return parts[0] * 60 + (parts[1] if len(parts) == 2 else 0)
+
+
+def _quoted_duration(value: object) -> object:
+    if isinstance(value, int) and not isinstance(value, bool):
+        raise ValueError(f'needs a unit: write "{value}:00" for minutes, or "1-00:00:00" for a day')
+    return value
+
+
+def _checked_duration(text: str) -> str:
+    if parse_duration(text) <= 0:
+        raise ValueError("must be longer than nothing")
+    return text
+
+
+def _checked_memory(text: str) -> str:
+    if _MEMORY.fullmatch(text) is None:
+        raise ValueError("must be a size with its unit, such as 64G or 512M")
+    return text
+
+
+def _checked_path(text: str) -> str:
+    if not text.startswith("/") or any(c in text for c in ":,\\") or not text.isprintable():
+        raise ValueError("must be an absolute path without ':', ',' or backslash")
+    return text
+
+
+def _one_line(text: str) -> str:
+    if not text or not text.isprintable():
+        raise ValueError("must be one line of printable text")
+    return text
+
+
+Label = Annotated[str, Field(pattern=rf"^{LABEL}$", max_length=_LABEL_MAX)]
+# What reaches an #SBATCH line unquoted.
+SlurmWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.,+-]*$", max_length=200)]
+Duration = Annotated[str, BeforeValidator(_quoted_duration), AfterValidator(_checked_duration)]
+Memory = Annotated[str, AfterValidator(_checked_memory)]
+AbsolutePath = Annotated[str, AfterValidator(_checked_path)]
+Line = Annotated[str, AfterValidator(_one_line)]
+EnvName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+ArgName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.-]*$")]
+# true -> --flag, false -> --no-flag, a list -> several words, a mapping -> one word of JSON.
+ArgScalar = bool | int | float | str
+ArgValue = ArgScalar | list[ArgScalar] | dict[str, Any]
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Strict(BaseModel):
+    """Unknown keys and wrong types are errors; values never change after reading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Slurm(Strict):
+    """Where jobs go. Slurm's own words."""
+
+    partition: SlurmWord
+    account: SlurmWord | None = None
+    qos: SlurmWord | None = None
+    walltime: Duration = "1-00:00:00"
+    log_dir: AbsolutePath = Field(
+        description="where jobs write their logs; must exist on the nodes"
+    )
+
+
+class SlurmOverride(Strict):
+    """A model's own values in place of the fleet's."""
+
+    partition: SlurmWord | None = None
+    account: SlurmWord | None = None
+    qos: SlurmWord | None = None
+    walltime: Duration | None = None
+
+
+class Budget(Strict):
+    """What the fleet may hold at most, surge included."""
+
+    gpus: Count
+
+
+class Image(Strict):
+    """What runs an engine: a SIF by the name of its manifest, or a program on the host."""
+
+    runtime: Literal["apptainer", "none"] = "apptainer"
+    name: Label | None = Field(None, description="of the manifest `<image_dir>/<name>.json`")
+    path: AbsolutePath | None = Field(None, description="of the program, for `runtime: none`")
+
+
+class GatewayHost(Strict):
+    """One NGINX; `ssh` names the host it runs on, none means this host."""
+
+    name: Label
+    ssh: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.@-]*$")] | None = None
+
+
+class Gateway(Strict):
+    """The one address of all models."""
+
+    listen: Annotated[int, Field(ge=1, le=65535)] = 8080
+    server_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9.-]*$")] = "_"
+    directory: AbsolutePath = "/var/lib/modelfleet/gateway"
+    hosts: Annotated[tuple[GatewayHost, ...], Field(strict=False)]
+
+
+class Rollout(Strict):
+    """How a new revision replaces the old one."""
+
+    max_surge: Count = 1
+    max_unavailable: Count = 0
+
+
+class Defaults(Strict):
+    """Values for models that don't give their own."""
+
+    startup_timeout_s: Positive = 1200
+    drain_timeout_s: Positive = 600
+    rollout: Rollout = Rollout()
+
+
+class Resources(Strict):
+    """What one replica holds."""
+
+    gpus: Positive = 1
+    cpus: Positive = 8
+    memory: Memory
+
+
+class Model(Strict):
+    """One model and how many replicas of it are wanted."""
+
+    name: Label
+    served_names: Annotated[tuple[Line, ...], Field(strict=False)] = ()
+    engine: Literal["vllm"] = "vllm"
+    image: Label
+    weights: AbsolutePath
+    args: dict[ArgName, ArgValue] = {}
+    env: dict[EnvName, Line] = {}
+    resources: Resources
+    replicas: Count
+    suspend: bool = False
+    slurm: SlurmOverride = SlurmOverride()
+    startup_timeout_s: Positive | None = None
+    drain_timeout_s: Positive | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every word that a client may put in `model`; the model's own name is the first."""
+        return (self.name, *self.served_names)
+
+    def revision(self, image_digest: str) -> str:
+        """Return the first 8 hex digits of the digest of only the fields that need a restart."""
+        restarts = {
+            "schema": 1,
+            "engine": self.engine,
+            "image": image_digest,
+            "weights": self.weights,
+            "served_names": self.served_names,
+            "args": self.args,
+            "env": self.env,
+            "resources": self.resources.model_dump(exclude_defaults=True),
+        }
+        text = json.dumps(restarts, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+class Fleet(Strict):
+    """All that is wanted, of one spec folder."""
+
+    version: Literal[1]
+    fleet: Label
+    slurm: Slurm
+    budget: Budget
+    image_dir: AbsolutePath | None = Field(None, description="where the images' manifests are")
+    images: dict[Label, Image]
+    gateway: Gateway
+    defaults: Defaults = Defaults()
+    models: Annotated[tuple[Model, ...], Field(strict=False)]
+
+    def model(self, name: str) -> Model | None:
+        """Return the model of that name, or None if the spec has none."""
+        return next((model for model in self.models if model.name == name), None)
+
+    def slurm_for(self, model: Model) -> Slurm:
+        """Return the Slurm options of a model: its own, else the fleet's."""
+        return self.slurm.model_copy(update=model.slurm.model_dump(exclude_none=True))
+
+    def startup_timeout_s(self, model: Model) -> int:
+        """Return how long a job of the model may run before it must be ready."""
+        return model.startup_timeout_s or self.defaults.startup_timeout_s
+
+    def drain_timeout_s(self, model: Model) -> int:
+        """Return how long a replica of the model may take to finish its requests."""
+        return model.drain_timeout_s or self.defaults.drain_timeout_s
+
+
+def load_fleet(folder: Path) -> Fleet:
+    """Read a spec folder. Raises SpecError with every mistake that can be found at once."""
+    sources = [_read(folder / "fleet.yaml")]
+    sources += [_read(path) for path in sorted((folder / "models").glob("*.yaml"))]
+    problems = [problem for part in sources for problem in part.problems]
+    if problems:
+        raise SpecError(problems)
+    merged = _Merged(sources)
+    if merged.problems:
+        raise SpecError(merged.problems)
+    try:
+        fleet = Fleet.model_validate(merged.value)
+    except ValidationError as error:
+        places = {_place(item): item for item in reversed(error.errors())}
+        raise SpecError([merged.problem(*_explained(*pair)) for pair in places.items()]) from None
+    problems = [merged.problem(path, message) for path, message in impossibilities(fleet)]
+    if problems:
+        raise SpecError(problems)
+    return fleet
+
+
+def _read(path: Path) -> source.Source:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        message = "no such file; a spec folder holds fleet.yaml (give the folder, not the file)"
+        return source.Source(str(path), None, problems=(Problem(str(path), 1, 1, message),))
+    except OSError as error:
+        message = f"can't be read: {error.strerror}"
+        return source.Source(str(path), None, problems=(Problem(str(path), 1, 1, message),))
+    except UnicodeDecodeError as error:
+        message = f"byte {error.start} is not UTF-8"
+        return source.Source(str(path), None, problems=(Problem(str(path), 1, 1, message),))
+    return source.parse(str(path), text)
+
+
+class _Merged:
+    """`fleet.yaml` and the model files as one value; knows which file each part came from."""
+
+    def __init__(self, sources: list[source.Source]) -> None:
+        self._main, *self._extra = sources
+        self.problems = [
+            part.problem((), "is empty or not a mapping; see docs/architecture.md for the shape")
+            for part in sources
+            if not isinstance(part.value, dict)
+        ]
+        self.value = dict(self._main.value) if isinstance(self._main.value, dict) else {}
+        inline = self.value.get("models", [])
+        self._inline = len(inline) if isinstance(inline, list) else 0
+        if self._extra and isinstance(inline, list):
+            self.value["models"] = [*inline, *(part.value for part in self._extra)]
+
+    def problem(self, path: source.Path, message: str) -> Problem:
+        if len(path) > 1 and path[0] == "models" and isinstance(path[1], int):
+            extra = path[1] - self._inline
+            if extra >= 0:
+                return self._extra[extra].problem(path[2:], message)
+        return self._main.problem(path, message)
+
+
+def _place(error: Any) -> source.Path:
+    """Return where a pydantic error is, without the union's tried types that pydantic adds."""
+    tag = re.compile(r"(?:list|dict|bool|int|float|str)(?:\[.*)?")
+    return tuple(
+        part for part in error["loc"] if not (isinstance(part, str) and tag.fullmatch(part))
+    )
+
+
+def _explained(path: source.Path, error: Any) -> tuple[source.Path, str]:
+    """Return where a pydantic error is and one line that says what to do."""
+    key = str(path[-1]) if path else ""
+    kind = error["type"]
+    if kind == "extra_forbidden":
+        return path, f'unknown key "{key}"{_did_you_mean(key, _keys_at(Fleet, path[:-1]))}'
+    if kind == "missing":
+        return path[:-1], f'"{key}" is missing'
+    where = ".".join(map(str, path))
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if len(error["loc"]) != len(path):
+        message = "must be true, false, a number, a text, a list or a mapping of these"
+    if kind == "string_pattern_mismatch" and LABEL in error["ctx"]["pattern"]:
+        message = "must be a DNS label: lower case letters, digits and inner hyphens"
+    given = error.get("input")
+    shown = f" (given: {_shown(given)})" if isinstance(given, str | int | float | bool) else ""
+    return path, f"{where}: {message}{shown}"
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _did_you_mean(key: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
+    return f'; did you mean "{close[0]}"?' if close else ""
+
+
+def _keys_at(model: type[BaseModel], path: source.Path) -> tuple[str, ...]:
+    """Return the keys that the spec knows at `path`."""
+    for part in path:
+        if part not in model.model_fields:
+            continue  # an index, or a free key such as an image's name: no step into another model
+        inner = next(_models_in(model.model_fields[str(part)].annotation), None)
+        if inner is None:
+            return ()
+        model = inner
+    return tuple(model.model_fields)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
+        for inner in typing.get_args(annotation):
+            yield from _models_in(inner)
+
+
+def impossibilities(fleet: Fleet) -> Iterator[tuple[source.Path, str]]:
+    """Yield what is well formed and yet can't be: where, and what to do."""
+    if not fleet.models:
+        yield ("models",), "no model at all: to stop everything, give each model replicas: 0"
+    if not fleet.gateway.hosts:
+        yield ("gateway", "hosts"), "no gateway: nobody could reach the models"
+    yield from _name_clashes(fleet)
+    for name, image in fleet.images.items():
+        yield from _image_mistakes(fleet, name, image)
+    for at, model in enumerate(fleet.models):
+        here: source.Path = ("models", at)
+        if model.image not in fleet.images:
+            hint = _did_you_mean(model.image, fleet.images)
+            yield (*here, "image"), f'no image "{model.image}" under images{hint}'
+        if model.resources.gpus > fleet.budget.gpus:
+            message = (
+                f"one replica needs {model.resources.gpus} GPUs, the budget is {fleet.budget.gpus}"
+            )
+            yield (*here, "resources", "gpus"), message
+        needed = fleet.startup_timeout_s(model) + fleet.drain_timeout_s(model)
+        if parse_duration(fleet.slurm_for(model).walltime) <= needed:
+            message = f"the walltime must be longer than startup plus drain timeout ({needed} s)"
+            yield (*here, "name"), message
+        for word in sorted(_OURS & {key.replace("_", "-") for key in model.args}):
+            yield (*here, "args"), f'"{word}" is set by fleet for each replica; remove it'
+    wanted = sum(model.replicas * model.resources.gpus for model in fleet.models)
+    if wanted > fleet.budget.gpus:
+        message = f"all replicas together need {wanted} GPUs, the budget is {fleet.budget.gpus}"
+        yield ("budget", "gpus"), message
+
+
+# Engine arguments that identify or place a replica: two answers to one question can't both hold.
+_OURS = frozenset({"host", "port", "served-model-name", "shutdown-timeout", "api-key", "model"})
+
+
+def _name_clashes(fleet: Fleet) -> Iterator[tuple[source.Path, str]]:
+    owner: dict[str, str] = {}
+    for at, model in enumerate(fleet.models):
+        for index, name in enumerate(model.names):
+            where = (
+                ("models", at, "name") if index == 0 else ("models", at, "served_names", index - 1)
+            )
+            if name in owner:
+                yield where, f'"{name}" is already served by the model {owner[name]}'
+            owner.setdefault(name, model.name)
+
+
+def _image_mistakes(fleet: Fleet, name: str, image: Image) -> Iterator[tuple[source.Path, str]]:
+    here: source.Path = ("images", name)
+    if image.runtime == "none" and (image.path is None or image.name is not None):
+        yield here, "runtime none needs a path, and no name"
+    if image.runtime == "apptainer" and (image.name is None or image.path is not None):
+        yield here, "runtime apptainer needs a name, and no path"
+    if image.runtime == "apptainer" and fleet.image_dir is None:
+        yield here, "image_dir is missing: the folder that holds the images and their manifests"
+
+
+def json_schema() -> Mapping[str, Any]:
+    """Return the JSON Schema of `fleet.yaml`, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Fleet.model_json_schema()}

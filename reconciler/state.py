@@ -1,0 +1,171 @@
+"""What was seen (Observation) and what is remembered between cycles (Memory); frozen values."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from reconciler.naming import Comment, ReplicaName, Run
+
+JobKey = tuple[int, int]
+"""(job id, submit time): Slurm reuses ids, so an id alone is no key."""
+
+
+class Phase(StrEnum):
+    """What a Slurm state means for a replica."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    ENDING = "ending"  # it serves nobody and still holds its GPUs
+    ENDED = "ended"
+    UNKNOWN = "unknown"  # a word that we don't know: alive as far as we can tell, so never touched
+
+
+# Every state of Slurm 22.05 to 26.05, squeue(1) "JOB STATE CODES".
+PHASES: Mapping[str, Phase] = {
+    **dict.fromkeys(
+        ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"),
+        Phase.PENDING,
+    ),
+    **dict.fromkeys(
+        (
+            "RUNNING",
+            "CONFIGURING",
+            "RESIZING",
+            "SIGNALING",
+            "STOPPED",
+            "SUSPENDED",
+            "POWER_UP_NODE",
+        ),
+        Phase.RUNNING,
+    ),
+    **dict.fromkeys(("COMPLETING", "STAGE_OUT"), Phase.ENDING),
+    **dict.fromkeys(
+        (
+            *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED"),
+            *("NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "RECONFIG_FAIL", "REVOKED", "TIMEOUT"),
+        ),
+        Phase.ENDED,
+    ),
+}
+
+# Ends that say something about the revision itself; after the others (a node, preemption, a
+# walltime, our own cancel) a replica is replaced at once.
+FAILURES = frozenset({"FAILED", "OUT_OF_MEMORY"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One Slurm job that bears our fleet's name and is our user's. Times are epoch seconds."""
+
+    id: int
+    submitted_at: int
+    name: ReplicaName
+    state: str  # Slurm's word
+    reason: str  # Slurm's word, "None" when there is none
+    nodes: str
+    started_at: int | None
+    ends_at: int | None
+    restarts: int
+    comment: Comment | None  # None: unreadable, so nothing is known of its address
+
+    @property
+    def key(self) -> JobKey:
+        return (self.id, self.submitted_at)
+
+    @property
+    def phase(self) -> Phase:
+        return PHASES.get(self.state, Phase.UNKNOWN)
+
+    @property
+    def run(self) -> Run | None:
+        """What the job published, unless it was requeued or moved since."""
+        run = self.comment.run if self.comment else None
+        if run is None or self.phase is not Phase.RUNNING:
+            return None
+        return run if (run.node, run.restarts) == (self.nodes, self.restarts) else None
+
+
+class Health(StrEnum):
+    """The answer of a replica's address to a probe."""
+
+    READY = "ready"  # it proved who it is and it answers
+    STARTING = "starting"  # the connection was refused: nothing listens (yet, or any more)
+    SILENT = "silent"  # no answer in time: nothing is known
+    SICK = "sick"  # the engine itself says that it is dead, or it can't complete one token
+    IMPOSTOR = "impostor"  # something else answers there
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """What one replica answered. `ongoing` is running plus waiting requests, None if not told."""
+
+    health: Health
+    ongoing: int | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Target:
+    """An address that a gateway sends a model's requests to."""
+
+    model: str
+    job_id: int
+    submitted_at: int
+    address: str
+
+    @property
+    def key(self) -> JobKey:
+        return (self.job_id, self.submitted_at)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayView:
+    """What one gateway runs. With an `error` nothing else is known, and it may still route."""
+
+    name: str
+    generation: str | None = None  # what the running configuration answers
+    targets: tuple[Target, ...] = ()
+    old_workers: int = 0  # still finishing requests of an earlier configuration
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """Everything seen in one look. None stands for what could not be read, never for nothing."""
+
+    at: float
+    jobs: tuple[Job, ...] | None
+    jobs_error: str | None = None
+    odd_lines: int = 0  # job lines that could not be read; each spoils only itself
+    nodes: Mapping[str, str] | None = None  # Slurm's state words, lower case
+    probes: Mapping[JobKey, Probe] = field(default_factory=dict)
+    gateways: tuple[GatewayView, ...] = ()
+    image_digests: Mapping[str, str] = field(default_factory=dict)  # image -> digest
+    image_errors: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrainClock:
+    """Since when a replica is leaving, and since when it has had no request."""
+
+    since: float
+    idle_since: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failures:
+    """How often jobs of one revision have failed in a row, and when last."""
+
+    count: int
+    last_at: float
+    counted: frozenset[JobKey]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """What one look can't show. Losing it restarts timers and nothing else."""
+
+    misses: Mapping[JobKey, int] = field(default_factory=dict)  # looks in a row without READY
+    drains: Mapping[JobKey, DrainClock] = field(default_factory=dict)
+    failures: Mapping[str, Failures] = field(default_factory=dict)  # "model.revision" ->
+    emptied_at: float | None = None  # first look at which all routed jobs were gone at once

@@ -2,9 +2,10 @@
 
 Differences from PyYAML's own loader, each because a fleet spec must mean what it looks like:
 `no` and `on` are words, `10:30` is a string, a key given twice is an error, and every value's
-line and column is kept so that a mistake can be pointed at.
+line and column is kept so that a mistake can be pointed at. Tags have no meaning and are refused.
 """
 
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -17,12 +18,17 @@ from reconciler.errors import Problem
 
 Path = tuple[str | int, ...]
 
-# The node types of a few hundred models stay far below this; an alias bomb does not.
-_MAX_VALUES = 500_000
+# The values of a few thousand models stay below this; an alias bomb does not.
+_MAX_VALUES = 100_000
+# A spec is some ten levels deep. libyaml's composer recurses in C, where too deep is a crash.
+_MAX_DEPTH = 100
+
+# Python refuses to write more than 4,300 digits; so long a number is a mistake anyway.
+_MAX_NUMBER = 1000
 
 _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _NULL = {"", "~", "null", "Null", "NULL"}
-_INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)")
+_INT = re.compile(r"[-+]?(?:0|[1-9][0-9]*(?:_[0-9]+)*)")
 _OCTAL_OR_HEX = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(
     r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
@@ -50,13 +56,29 @@ def parse(file: str, text: str) -> Source:
     """Return the value of a YAML text. Mistakes come back as `problems`, never as an exception."""
     reader = _Reader(file)
     try:
+        _check_events(text)
         node = yaml.compose(text, Loader=yaml.CSafeLoader)
         value = None if node is None else reader.read(node, ())
     except yaml.YAMLError as error:
         return Source(file, None, problems=(_syntax_problem(file, text, error),))
-    except RecursionError:
+    except RecursionError:  # an alias inside its own anchor
         return Source(file, None, problems=(Problem(file, 1, 1, "nested too deeply"),))
     return Source(file, value, reader.positions, tuple(reader.problems))
+
+
+def _check_events(text: str) -> None:
+    """Refuse what the composer would crash on or silently take for something else."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.CSafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > _MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=event.start_mark)
+        if getattr(event, "tag", None) is not None:
+            problem = "a tag (!...) has no meaning here; remove it"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
 
 
 def _syntax_problem(file: str, text: str, error: yaml.YAMLError) -> Problem:
@@ -65,7 +87,8 @@ def _syntax_problem(file: str, text: str, error: yaml.YAMLError) -> Problem:
         what = error.problem or "not valid YAML"
         return Problem(file, mark.line + 1, mark.column + 1, f"YAML syntax: {what}")
     if isinstance(error, yaml.reader.ReaderError):
-        before = text[: error.position] if isinstance(error.position, int) else ""
+        # libyaml counts bytes.
+        before = text.encode()[: error.position].decode(errors="replace")
         line = before.count("\n") + 1
         column = len(before) - (before.rfind("\n") + 1) + 1
         return Problem(file, line, column, "YAML syntax: a character that YAML does not allow")
@@ -97,7 +120,7 @@ class _Reader:
         value: dict[str, Any] = {}
         for key, item in self._pairs(node):
             if key.value in value:
-                self._problem(key, f'"{key.value}" is given twice; keep one')
+                self._problem(key, f"{shown(key.value)} is given twice; keep one")
                 continue
             # The key's position: it is what a reader looks for when told of `replicas`.
             self.positions[(*path, key.value)] = _position(key)
@@ -113,12 +136,7 @@ class _Reader:
 
     def _scalar(self, node: yaml.ScalarNode) -> Any:
         text: str = node.value
-        if node.style:  # quoted or a block: always text
-            return text
-        if node.tag.startswith("!"):
-            self._problem(node, f"the tag {node.tag} has no meaning here; remove it")
-            return text
-        return core_scalar(text)
+        return text if node.style else core_scalar(text)  # quoted or a block: always text
 
     def _problem(self, node: yaml.Node, message: str) -> None:
         self.problems.append(Problem(self.file, *_position(node), message))
@@ -130,15 +148,22 @@ def core_scalar(text: str) -> Any:
         return None
     if text in _BOOL:
         return _BOOL[text]
+    if len(text) > _MAX_NUMBER:
+        return text
     if _INT.fullmatch(text):
-        # Python refuses to convert more than 4,300 digits; such a number is a mistake anyway.
-        return int(text) if len(text) < 1000 else text
+        return int(text)
     if _OCTAL_OR_HEX.fullmatch(text):
         return int(text, 0)
     if _FLOAT.fullmatch(text):
         number = float(text)
         return number if math.isfinite(number) else text
     return text
+
+
+def shown(value: object) -> str:
+    """Return a value of a spec as one short line of ASCII: messages go to terminals and logs."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _position(node: yaml.Node) -> tuple[int, int]:

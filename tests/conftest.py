@@ -1,0 +1,56 @@
+"""The labs that tests run on, and the rule that no test is ever skipped."""
+
+from collections.abc import Iterator, Mapping
+from os import getpid
+from pathlib import Path
+
+import pytest
+
+from tests.lab import Lab
+from tests.lab.base import cache
+from tests.lab.fleet import IMAGES, Fleet
+
+_skipped: list[str] = []
+
+
+def image_binds() -> Mapping[Path, str]:
+    """What a lab's hosts must mount to see the images that `images/build.py` made."""
+    folder = cache() / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    return {folder: IMAGES}
+
+
+@pytest.fixture(scope="session")
+def lab() -> Iterator[Lab]:
+    """One running lab of four nodes for tests that leave it as they found it."""
+    with Lab.start(f"test-{getpid()}", binds=image_binds()) as running:
+        yield running
+
+
+@pytest.fixture
+def own_lab() -> Iterator[Lab]:
+    """A lab of its own, for tests that cut cables, stop daemons or fill the gateway."""
+    with Lab.start(f"own-{getpid()}", binds=image_binds()) as running:
+        yield running
+
+
+@pytest.fixture
+def fleet(own_lab: Lab) -> Fleet:
+    """A fleet of two stand-in replicas, specified and not yet applied."""
+    return Fleet(own_lab)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped:
+        _skipped.append(report.nodeid)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    # A skip would hide a missing tool: what a test needs, the project installs.
+    if _skipped:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for nodeid in _skipped:
+        terminalreporter.write_line(f"skipped, which counts as a failure: {nodeid}")

@@ -111,7 +111,7 @@ prefix=''
 if $contained; then
   prefix=APPTAINERENV_
   export APPTAINERENV_CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-}" APPTAINERENV_USER="$USER"
-  export APPTAINERENV_HOME=/tmp APPTAINERENV_XDG_CACHE_HOME=/tmp/cache APPTAINERENV_VLLM_CACHE_ROOT=/tmp/vllm
+  export APPTAINERENV_HOME=/tmp APPTAINERENV_XDG_CACHE_HOME=/tmp/cache
   export APPTAINERENV_TRITON_CACHE_DIR=/tmp/triton APPTAINERENV_TORCHINDUCTOR_CACHE_DIR=/tmp/inductor
 fi
 for variable in "${environment[@]}"; do export "$prefix$variable"; done

@@ -56,7 +56,9 @@ def parse(file: str, text: str) -> Source:
     """Return the value of a YAML text. Mistakes come back as `problems`, never as an exception."""
     reader = _Reader(file)
     try:
-        _check_events(text)
+        refusals = tuple(_refusals(file, text))
+        if refusals:
+            return Source(file, None, problems=refusals)
         node = yaml.compose(text, Loader=yaml.CSafeLoader)
         value = None if node is None else reader.read(node, ())
     except yaml.YAMLError as error:
@@ -66,8 +68,8 @@ def parse(file: str, text: str) -> Source:
     return Source(file, value, reader.positions, tuple(reader.problems))
 
 
-def _check_events(text: str) -> None:
-    """Refuse what the composer would crash on or silently take for something else."""
+def _refusals(file: str, text: str) -> Iterator[Problem]:
+    """Yield what the composer would crash on, or silently take for something else."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.CSafeLoader):
         if isinstance(event, yaml.CollectionStartEvent):
@@ -75,10 +77,10 @@ def _check_events(text: str) -> None:
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         if depth > _MAX_DEPTH:
-            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=event.start_mark)
+            yield Problem(file, *_position(event), "nested too deeply")
+            return
         if getattr(event, "tag", None) is not None:
-            problem = "a tag (!...) has no meaning here; remove it"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+            yield Problem(file, *_position(event), "a tag (!...) has no meaning here; remove it")
 
 
 def _syntax_problem(file: str, text: str, error: yaml.YAMLError) -> Problem:
@@ -166,5 +168,6 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _position(node: yaml.Node) -> tuple[int, int]:
-    return node.start_mark.line + 1, node.start_mark.column + 1
+def _position(part: yaml.Node | yaml.Event) -> tuple[int, int]:
+    mark = part.start_mark
+    return (1, 1) if mark is None else (mark.line + 1, mark.column + 1)

@@ -22,9 +22,8 @@ from reconciler.naming import LABEL
 # Slurm keeps 1,024 bytes of a job name; NGINX and people want it far shorter.
 _LABEL_MAX = 40
 
-_DURATION = re.compile(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::\d+){0,2})")
-_MEMORY = re.compile(r"(?P<number>[1-9]\d*)(?P<unit>[MGT])")
-_MEMORY_MIB = {"M": 1, "G": 1024, "T": 1024 * 1024}
+_DURATION = re.compile(r"(?:(?P<days>[0-9]{1,6})-)?(?P<clock>[0-9]{1,9}(?::[0-9]{1,9}){0,2})")
+_MEMORY = re.compile(r"[1-9][0-9]{0,8}[MGT]")
 
 
 def parse_duration(text: str) -> int:
@@ -37,7 +36,7 @@ def parse_duration(text: str) -> int:
         raise ValueError("must be a Slurm time such as 30:00, 12:00:00 or 1-00:00:00")
     parts = [int(part) for part in match["clock"].split(":")]
     if match["days"] is not None:
-        hours, minutes, seconds = (parts + [0, 0])[:3]
+        hours, minutes, seconds = [*parts, 0, 0][:3]
         return ((int(match["days"]) * 24 + hours) * 60 + minutes) * 60 + seconds
     if len(parts) == 3:
         return (parts[0] * 60 + parts[1]) * 60 + parts[2]
@@ -46,7 +45,10 @@ def parse_duration(text: str) -> int:
 
 def _quoted_duration(value: object) -> object:
     if isinstance(value, int) and not isinstance(value, bool):
-        raise ValueError(f'needs a unit: write "{value}:00" for minutes, or "1-00:00:00" for a day')
+        # Not TypeError: only a ValueError is a problem of the spec to pydantic.
+        raise ValueError(  # noqa: TRY004
+            f'needs a unit: write "{value}:00" for minutes, or "1-00:00:00" for a day'
+        )
     return value
 
 
@@ -68,6 +70,13 @@ def _checked_path(text: str) -> str:
     return text
 
 
+def _checked_log_dir(text: str) -> str:
+    # It stands between single quotes on an #SBATCH line, where nothing can escape one.
+    if "'" in text:
+        raise ValueError("must be an absolute path without a single quote")
+    return text
+
+
 def _one_line(text: str) -> str:
     if not text or not text.isprintable():
         raise ValueError("must be one line of printable text")
@@ -80,14 +89,18 @@ SlurmWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.,+-]*$", max
 Duration = Annotated[str, BeforeValidator(_quoted_duration), AfterValidator(_checked_duration)]
 Memory = Annotated[str, AfterValidator(_checked_memory)]
 AbsolutePath = Annotated[str, AfterValidator(_checked_path)]
+LogDir = Annotated[AbsolutePath, AfterValidator(_checked_log_dir)]
 Line = Annotated[str, AfterValidator(_one_line)]
 EnvName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 ArgName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.-]*$")]
 # true -> --flag, false -> --no-flag, a list -> several words, a mapping -> one word of JSON.
 ArgScalar = bool | int | float | str
 ArgValue = ArgScalar | list[ArgScalar] | dict[str, Any]
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+# Bounded, so that no sum or product of them overflows what clocks and plans can hold.
+Positive = Annotated[int, Field(ge=1, le=1_000_000)]
+Count = Annotated[int, Field(ge=0, le=1_000_000)]
+# A name's ordinal has six digits at most (naming.py): a job beyond them would be foreign to us.
+Replicas = Annotated[int, Field(ge=0, le=10_000)]
 
 
 class Strict(BaseModel):
@@ -103,9 +116,7 @@ class Slurm(Strict):
     account: SlurmWord | None = None
     qos: SlurmWord | None = None
     walltime: Duration = "1-00:00:00"
-    log_dir: AbsolutePath = Field(
-        description="where jobs write their logs; must exist on the nodes"
-    )
+    log_dir: LogDir = Field(description="where jobs write their logs; must exist on the nodes")
 
 
 class SlurmOverride(Strict):
@@ -181,7 +192,7 @@ class Model(Strict):
     args: dict[ArgName, ArgValue] = {}
     env: dict[EnvName, Line] = {}
     resources: Resources
-    replicas: Count
+    replicas: Replicas
     suspend: bool = False
     slurm: SlurmOverride = SlurmOverride()
     startup_timeout_s: Positive | None = None
@@ -240,8 +251,7 @@ class Fleet(Strict):
 
 def load_fleet(folder: Path) -> Fleet:
     """Read a spec folder. Raises SpecError with every mistake that can be found at once."""
-    sources = [_read(folder / "fleet.yaml")]
-    sources += [_read(path) for path in sorted((folder / "models").glob("*.yaml"))]
+    sources = [_read(folder / "fleet.yaml"), *_model_files(folder / "models")]
     problems = [problem for part in sources for problem in part.problems]
     if problems:
         raise SpecError(problems)
@@ -259,19 +269,37 @@ def load_fleet(folder: Path) -> Fleet:
     return fleet
 
 
+def _model_files(folder: Path) -> Iterator[source.Source]:
+    """Yield each model file. A folder that can't be listed is a mistake, never "no models"."""
+    try:
+        paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        yield _unreadable(folder, f"can't be read: {error.strerror}")
+        return
+    for path in paths:
+        if path.suffix == ".yaml":
+            yield _read(path)
+        elif path.suffix == ".yml":
+            yield _unreadable(path, "would not be read: rename it to end in .yaml")
+
+
 def _read(path: Path) -> source.Source:
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         message = "no such file; a spec folder holds fleet.yaml (give the folder, not the file)"
-        return source.Source(str(path), None, problems=(Problem(str(path), 1, 1, message),))
+        return _unreadable(path, message)
     except OSError as error:
-        message = f"can't be read: {error.strerror}"
-        return source.Source(str(path), None, problems=(Problem(str(path), 1, 1, message),))
+        return _unreadable(path, f"can't be read: {error.strerror}")
     except UnicodeDecodeError as error:
-        message = f"byte {error.start} is not UTF-8"
-        return source.Source(str(path), None, problems=(Problem(str(path), 1, 1, message),))
+        return _unreadable(path, f"byte {error.start} is not UTF-8")
     return source.parse(str(path), text)
+
+
+def _unreadable(path: Path, message: str) -> source.Source:
+    return source.Source(str(path), None, problems=(Problem(str(path), 1, 1, message),))
 
 
 class _Merged:
@@ -285,9 +313,11 @@ class _Merged:
             if not isinstance(part.value, dict)
         ]
         self.value = dict(self._main.value) if isinstance(self._main.value, dict) else {}
-        inline = self.value.get("models", [])
+        inline = self.value.get("models")
+        if inline is None:
+            inline = []
         self._inline = len(inline) if isinstance(inline, list) else 0
-        if self._extra and isinstance(inline, list):
+        if isinstance(inline, list):
             self.value["models"] = [*inline, *(part.value for part in self._extra)]
 
     def problem(self, path: source.Path, message: str) -> Problem:
@@ -299,11 +329,28 @@ class _Merged:
 
 
 def _place(error: Any) -> source.Path:
-    """Return where a pydantic error is, without the union's tried types that pydantic adds."""
-    tag = re.compile(r"(?:list|dict|bool|int|float|str)(?:\[.*)?")
-    return tuple(
-        part for part in error["loc"] if not (isinstance(part, str) and tag.fullmatch(part))
-    )
+    """Return where a pydantic error is, without the words that pydantic adds to the place."""
+    place: source.Path = error["loc"]
+    if place[-1:] == ("[key]",) and error["type"] != "extra_forbidden":
+        place = place[:-1]
+    if _is_argument(place):
+        # Each type of the union that was tried adds its name.
+        place = (*place[:4], *(part for part in place[4:] if isinstance(part, int)))
+    return place
+
+
+def _is_argument(place: source.Path) -> bool:
+    return len(place) > 3 and place[0] == "models" and place[2] == "args"
+
+
+_WRONG_TYPE = {
+    "tuple_type": "must be a list",
+    "dict_type": "must be a mapping",
+    "model_type": "must be a mapping",
+    "int_type": "must be a whole number",
+    "bool_type": "must be true or false",
+    "string_type": "must be a text; put it in quotes",
+}
 
 
 def _explained(path: source.Path, error: Any) -> tuple[source.Path, str]:
@@ -311,23 +358,21 @@ def _explained(path: source.Path, error: Any) -> tuple[source.Path, str]:
     key = str(path[-1]) if path else ""
     kind = error["type"]
     if kind == "extra_forbidden":
-        return path, f'unknown key "{key}"{_did_you_mean(key, _keys_at(Fleet, path[:-1]))}'
+        hint = _did_you_mean(key, _keys_at(Fleet, path[:-1]))
+        return path, f"unknown key {source.shown(key)}{hint}"
     if kind == "missing":
         return path[:-1], f'"{key}" is missing'
-    where = ".".join(map(str, path))
+    where = "".join(c if c.isprintable() else "?" for c in ".".join(map(str, path)))
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    if len(error["loc"]) != len(path):
+    message = _WRONG_TYPE.get(kind, message)
+    if _is_argument(path) and error["loc"][-1] != "[key]":
         message = "must be true, false, a number, a text, a list or a mapping of these"
     if kind == "string_pattern_mismatch" and LABEL in error["ctx"]["pattern"]:
         message = "must be a DNS label: lower case letters, digits and inner hyphens"
     given = error.get("input")
-    shown = f" (given: {_shown(given)})" if isinstance(given, str | int | float | bool) else ""
-    return path, f"{where}: {message}{shown}"
-
-
-def _shown(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    # What stands in an environment may be a secret; errors go to logs.
+    plain = isinstance(given, str | int | float | bool) and "env" not in path
+    return path, f"{where}: {message}" + (f" (given: {source.shown(given)})" if plain else "")
 
 
 def _did_you_mean(key: str, known: Iterable[str]) -> str:
@@ -361,6 +406,13 @@ def impossibilities(fleet: Fleet) -> Iterator[tuple[source.Path, str]]:
         yield ("models",), "no model at all: to stop everything, give each model replicas: 0"
     if not fleet.gateway.hosts:
         yield ("gateway", "hosts"), "no gateway: nobody could reach the models"
+    hosts = [host.name for host in fleet.gateway.hosts]
+    for at, host in enumerate(hosts):
+        if host in hosts[:at]:
+            yield ("gateway", "hosts", at, "name"), f'two gateways are named "{host}"'
+    if fleet.defaults.rollout == Rollout(max_surge=0, max_unavailable=0):
+        message = "max_surge and max_unavailable can't both be 0: no rollout could ever take a step"
+        yield ("defaults", "rollout"), message
     yield from _name_clashes(fleet)
     for name, image in fleet.images.items():
         yield from _image_mistakes(fleet, name, image)
@@ -378,8 +430,8 @@ def impossibilities(fleet: Fleet) -> Iterator[tuple[source.Path, str]]:
         if parse_duration(fleet.slurm_for(model).walltime) <= needed:
             message = f"the walltime must be longer than startup plus drain timeout ({needed} s)"
             yield (*here, "name"), message
-        for word in sorted(_OURS & {key.replace("_", "-") for key in model.args}):
-            yield (*here, "args"), f'"{word}" is set by fleet for each replica; remove it'
+        for key, message in _argument_mistakes(model.args):
+            yield (*here, "args", key), message
     wanted = sum(model.replicas * model.resources.gpus for model in fleet.models)
     if wanted > fleet.budget.gpus:
         message = f"all replicas together need {wanted} GPUs, the budget is {fleet.budget.gpus}"
@@ -388,6 +440,26 @@ def impossibilities(fleet: Fleet) -> Iterator[tuple[source.Path, str]]:
 
 # Engine arguments that identify or place a replica: two answers to one question can't both hold.
 _OURS = frozenset({"host", "port", "served-model-name", "shutdown-timeout", "api-key", "model"})
+
+
+def _argument_mistakes(args: Mapping[str, ArgValue]) -> Iterator[tuple[str, str]]:
+    """Yield what could not arrive at the engine as it is written: which argument, and why."""
+    flags: set[str] = set()
+    for key, value in args.items():
+        flag = key.replace("_", "-")
+        if flag in _OURS:
+            yield key, f'"{key}" is set by fleet for each replica; remove it'
+        if flag in flags:
+            yield key, f'"{key}" is given twice, with - and with _; keep one'
+        flags.add(flag)
+        items = value if isinstance(value, list) else [value]
+        words = [item for item in items if isinstance(item, str)]
+        if any(c in word for word in words for c in "\0\r"):
+            yield key, f'"{key}" holds a NUL or a carriage return, which no batch script can carry'
+        if value == []:
+            yield key, f'"{key}" is an empty list; remove it'
+        if isinstance(value, list) and any(word.startswith("-") for word in words):
+            yield key, f'a word of "{key}" starts with "-": the engine would take it for an option'
 
 
 def _name_clashes(fleet: Fleet) -> Iterator[tuple[source.Path, str]]:
@@ -399,6 +471,8 @@ def _name_clashes(fleet: Fleet) -> Iterator[tuple[source.Path, str]]:
             )
             if name in owner:
                 yield where, f'"{name}" is already served by the model {owner[name]}'
+            if name.startswith("-"):
+                yield where, f'"{name}" starts with "-": the engine would take it for an option'
             owner.setdefault(name, model.name)
 
 

@@ -1,36 +1,27 @@
 """The labs that tests run on, and the rule that no test is ever skipped."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from os import getpid
-from pathlib import Path
 
 import pytest
 
 from tests.lab import Lab
-from tests.lab.base import cache
-from tests.lab.fleet import IMAGES, Fleet
+from tests.lab.fleet import Fleet
 
 _skipped: list[str] = []
-
-
-def image_binds() -> Mapping[Path, str]:
-    """What a lab's hosts must mount to see the images that `images/build.py` made."""
-    folder = cache() / "images"
-    folder.mkdir(parents=True, exist_ok=True)
-    return {folder: IMAGES}
 
 
 @pytest.fixture(scope="session")
 def lab() -> Iterator[Lab]:
     """One running lab of four nodes for tests that leave it as they found it."""
-    with Lab.start(f"test-{getpid()}", binds=image_binds()) as running:
+    with Lab.start(f"test-{getpid()}") as running:
         yield running
 
 
 @pytest.fixture
 def own_lab() -> Iterator[Lab]:
     """A lab of its own, for tests that cut cables, stop daemons or fill the gateway."""
-    with Lab.start(f"own-{getpid()}", binds=image_binds()) as running:
+    with Lab.start(f"own-{getpid()}") as running:
         yield running
 
 

@@ -5,8 +5,6 @@
 
 import argparse
 import asyncio
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,12 +12,11 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import openai
 
 from tests.lab import Lab, LabError, base
-from tests.lab.fleet import Fleet, gateway_log, provision
+from tests.lab.fleet import Fleet, engine_binds, gateway_log
 from tests.lab.load import Load, Request, in_flight
 
 # Half streams, half plain requests, as the healing step promises at least 20 in flight.
@@ -69,7 +66,7 @@ def main() -> int:
 def _demo(show: Show, engine: str, keep: bool) -> None:
     show.title("The lab's base and the engine's image (built once, then cached)")
     base(say=show.say)
-    binds = provision(engine, say=show.say)
+    binds = engine_binds(engine, say=show.say)
     show.title("A real Slurm cluster of six hosts on this machine")
     lab = Lab.start("demo", detached=keep, binds=binds, say=show.say)
     try:

@@ -1,34 +1,47 @@
 """A fleet on a running lab: its spec in the shared folder, and `fleet` on the login host."""
 
+import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.lab import Lab
-from tests.lab.base import CHECKOUT, cache
+from images.build import image
+from tests.lab import Lab, in_base
+from tests.lab.base import CHECKOUT, Say, cache
 from tests.lab.wait import wait_for
 
 SPECS = {"vllm": "demo", "standin": "demo-standin"}
+# Where every host sees the engine's image and the tiny model.
 IMAGES = "/opt/modelfleet/images"
+MODEL = "/opt/modelfleet/models/tiny"
 _USER = 2000  # fleet, on every host
 
 
-def provision(engine: str, say: Callable[[str], None] = print) -> Mapping[Path, str]:
-    """Build the engine's image and the tiny model if need be; return what hosts must mount."""
+def engine_binds(engine: str, say: Say = print) -> Mapping[Path, str]:
+    """Make what an engine needs, if it is not cached; return what the hosts must mount of it."""
     if engine == "standin":
         return {}
-    build = [sys.executable, str(CHECKOUT / "images" / "build.py"), "vllm-cpu"]
-    with subprocess.Popen(build, stdout=subprocess.PIPE, text=True, cwd=CHECKOUT) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            say(line.rstrip())
-    if process.returncode != 0:
-        raise SystemExit(process.returncode)
-    return {cache() / "images": IMAGES}
+    sif = image("vllm-cpu", say)
+    return {sif.parent: IMAGES, _tiny_model(sif, say): MODEL}
+
+
+def _tiny_model(sif: Path, say: Say) -> Path:
+    """Return the tiny model's folder, made by the image's own transformers."""
+    maker = Path(__file__).with_name("tiny_model.py")
+    models = cache() / "models"
+    key = hashlib.sha256(maker.read_bytes() + sif.name.encode()).hexdigest()[:12]
+    folder = models / f"tiny-{key}"
+    if not (folder / ".made").exists():
+        say("model: making the tiny model in the image (about ten seconds)")
+        models.mkdir(exist_ok=True)
+        binds = {sif: "/mnt/image.sif", maker: "/mnt/tiny_model.py", models: "/mnt/models"}
+        inside = ["python", "/mnt/tiny_model.py", f"/mnt/models/{folder.name}"]
+        mounts = ["--bind", "/mnt/models", "--bind", "/mnt/tiny_model.py"]
+        argv = ["apptainer", "exec", "--cleanenv", "--containall", "--no-mount", "home", *mounts]
+        in_base([*argv, "/mnt/image.sif", *inside], binds=binds, capture=True)
+    return folder
 
 
 class Fleet:

@@ -1,0 +1,195 @@
+"""Engines on the lab's hosts, real and stand-in, started as a job script starts them."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from images.build import image
+from tests.lab.lab import Lab
+from tests.lab.wait import wait_for
+
+# The real engine takes 10 to 30 s on idle cores, and the cores may not be idle.
+START_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 60.0
+
+NAMES = ("tiny", "tiny@4711")
+SLOTS = 2
+IN_FLIGHT_LIMIT = 4
+FLAGS = [
+    *("--served-model-name", *NAMES, "--host", "0.0.0.0"),  # noqa: S104  (inside the lab)
+    *("--max-model-len", "16384", "--max-num-seqs", str(SLOTS)),
+    *("--max-num-queued-reqs", str(IN_FLIGHT_LIMIT), "--shutdown-timeout", "60"),
+    *("--enforce-eager", "--dtype", "bfloat16", "--kv-cache-memory-bytes", "64M"),
+]
+# The two run on different nodes, so that they don't see each other's processes.
+HOSTS = {"standin": "gpu1", "vllm": "gpu2"}
+STANDIN = "/opt/modelfleet/src/tests/lab/standin.py"
+
+
+@dataclass(frozen=True)
+class Process:
+    pid: int
+    parent: int
+    group: int
+    command: str
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A started engine: what runs on the host, and how to reach it from here."""
+
+    kind: str
+    lab: Lab
+    port: int
+    started: "subprocess.Popen[str]"
+    log: Path
+
+    @property
+    def host(self) -> str:
+        return HOSTS[self.kind]
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.lab.address(self.host)}:{self.port}"
+
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, trust_env=False, timeout=60)
+
+    def processes(self) -> list[Process]:
+        """All processes of this engine, the started one first, each after its parent."""
+        table = self.lab.run(self.host, ["ps", "-u", "fleet", "-o", "pid=,ppid=,pgid=,args="])
+        rows = [line.split(maxsplit=3) for line in table.stdout.splitlines()]
+        every = [Process(int(a), int(b), int(c), command) for a, b, c, command in rows]
+        family = [p for p in every if f"--port {self.port} " in p.command and p.pid == p.group]
+        for member in family:
+            family += [p for p in every if p.parent == member.pid]
+        return family
+
+    def api(self) -> Process:
+        """The process that answers HTTP: the first one that is the engine's own."""
+        return next(p for p in self.processes() if " serve " in p.command and "python" in p.command)
+
+    def core(self) -> Process:
+        """The engine's process, which computes: the API process's child that is no helper."""
+        api = self.api().pid
+        children = [p for p in self.processes() if p.parent == api]
+        return next(p for p in children if "resource_tracker" not in p.command)
+
+    def signal(self, number: signal.Signals, pid: int) -> None:
+        """Send a signal on the host, as the user there; a negative pid is a process group."""
+        self.lab.run(self.host, ["kill", f"-{number.value}", "--", str(pid)])
+
+    def tail(self) -> str:
+        return self.log.read_text(errors="replace")[-2000:]
+
+
+Start = Callable[[str], AbstractContextManager[Engine]]
+
+
+@pytest.fixture(scope="session")
+def sif(lab: Lab) -> str:
+    """The CPU engine's image, as the hosts see it."""
+    built = image("vllm-cpu")
+    published = lab.shared / "images" / built.name
+    if not published.exists():
+        os.link(built, published)
+    return f"/shared/images/{built.name}"
+
+
+def apptainer(*binds: str) -> list[str]:
+    mounts = [word for bind in binds for word in ("--bind", bind)]
+    return ["apptainer", "exec", "--cleanenv", "--containall", "--no-mount", "home", *mounts]
+
+
+@pytest.fixture(scope="session")
+def tiny(lab: Lab, sif: str) -> str:
+    """The tiny model's folder, as the hosts see it; made by the image's own transformers."""
+    script = ["python", "/opt/modelfleet/src/tests/lab/tiny_model.py", "/shared/models/tiny"]
+    binds = ("/shared/models", "/opt/modelfleet/src:/opt/modelfleet/src:ro")
+    lab.run("gpu2", [*apptainer(*binds), sif, *script], timeout=START_TIMEOUT_S)
+    return "/shared/models/tiny"
+
+
+@pytest.fixture(scope="session")
+def command(request: pytest.FixtureRequest) -> Callable[[str], list[str]]:
+    """How each kind of engine is started, up to its flags."""
+
+    def command(kind: str) -> list[str]:
+        if kind == "standin":
+            return [STANDIN, "serve", "/models/tiny"]
+        # Only here, so that tests of the stand-in alone need no image.
+        sif, tiny = request.getfixturevalue("sif"), request.getfixturevalue("tiny")
+        return [*apptainer(f"{tiny}:/models/tiny:ro"), sif, "vllm", "serve", "/models/tiny"]
+
+    return command
+
+
+@pytest.fixture(scope="session")
+def start(
+    lab: Lab, command: Callable[[str], list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Start:
+    """Start an engine and wait until it is healthy; at the end nothing of it is left."""
+    ports = iter(range(9000, 9100))
+
+    @contextmanager
+    def start(kind: str) -> Iterator[Engine]:
+        port = next(ports)
+        log = tmp_path_factory.mktemp(kind) / "log"
+        # A process group of its own, as each of Slurm's tasks has.
+        argv = ["setsid", *command(kind), "--port", str(port), *FLAGS]
+        with log.open("w") as out:
+            started = lab.popen(HOSTS[kind], argv, stdout=out, stderr=out)
+        engine = Engine(kind, lab, port, started, log)
+        try:
+            wait_for(f"{kind} to be healthy", lambda: healthy(engine), timeout_s=START_TIMEOUT_S)
+            yield engine
+        finally:
+            # The starter of Apptainer does not die with its parent, so the real machine's end of
+            # it is not enough.
+            for process in engine.processes():
+                lab.run(HOSTS[kind], ["kill", "-KILL", str(process.pid)], check=False)
+            started.wait(STOP_TIMEOUT_S)
+
+    return start
+
+
+def healthy(engine: Engine) -> bool:
+    if engine.started.poll() is not None:
+        pytest.fail(f"{engine.kind} ended with {engine.started.returncode}: {engine.tail()}")
+    try:
+        return httpx.get(f"{engine.url}/health", trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.fixture(scope="session", params=["standin", "vllm"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """Every test here holds for both: what the stand-in shows is what vLLM shows."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def engine(kind: str, start: Start) -> Iterator[Engine]:
+    """One engine for all tests that leave it as it was."""
+    with start(kind) as engine:
+        yield engine
+
+
+@pytest.fixture
+def victim(kind: str, start: Start) -> Iterator[Engine]:
+    """An engine of the test's own, to be ended by it."""
+    with start(kind) as engine:
+        yield engine
+
+
+@pytest.fixture
+def client(engine: Engine) -> Iterator[httpx.Client]:
+    with engine.client() as client:
+        yield client

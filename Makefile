@@ -26,7 +26,7 @@ lint: packages ## check style, types, layers, shell scripts and playbooks
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 	shellcheck $$(git ls-files '*.sh') .ci/run
-	.venv/bin/ansible-lint --offline playbooks
+	.venv/bin/ansible-lint --offline -q
 
 venv: $(VENV)/complete ## make the development environment
 	@ln -sfn $(VENV) .venv

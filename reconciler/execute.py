@@ -82,9 +82,9 @@ def _route(action: Route, fleet: Fleet, gateways: Gateways, say: Say) -> None:
         except FleetError as error:
             failed.append(str(error))
         else:
-            say(
-                f"gateway {name} runs generation {files.generation}: {len(action.targets)} replicas"
-            )
+            count = len(action.targets)
+            replicas = f"{count} replica{'' if count == 1 else 's'}"
+            say(f"gateway {name} runs generation {files.generation}: {replicas}")
     if failed:
         raise FleetError("; ".join(failed))
 

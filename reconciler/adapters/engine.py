@@ -45,41 +45,68 @@ class HttpEngines:
 async def _probe(client: httpx.AsyncClient, job: Job, run: Run, proven: bool) -> Probe:
     base = f"http://{run.address}"
     try:
-        return await _look(client, base, job, proven)
-    except httpx.ConnectError:
-        return Probe(health=Health.STARTING, detail="nothing listens at its address")
-    except httpx.TimeoutException:
+        async with asyncio.timeout(_TIMEOUT_S):
+            wrong = await _introduce(client, base, f"{job.name.model}@{job.id}")
+        if wrong is not None:
+            return wrong
+        if not proven:
+            async with asyncio.timeout(_COMPLETION_TIMEOUT_S):
+                wrong = await _complete(client, base, job.name.model)
+        return wrong or Probe(health=Health.READY, ongoing=await _ongoing(client, base))
+    except (TimeoutError, httpx.TimeoutException):
         return Probe(health=Health.SILENT, detail="no answer in time")
+    except httpx.NetworkError as error:
+        if _refused(error):
+            return Probe(health=Health.STARTING, detail="nothing listens at its address")
+        # Unreachable or reset: that says something of the way there, not of the engine.
+        return Probe(health=Health.SILENT, detail="it can't be reached")
     except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-        return Probe(
-            health=Health.SICK, detail=f"not an answer of an engine: {type(error).__name__}"
-        )
+        detail = f"not an answer of an engine: {type(error).__name__}"
+        return Probe(health=Health.SICK, detail=detail)
 
 
-async def _look(client: httpx.AsyncClient, base: str, job: Job, proven: bool) -> Probe:
-    identity = f"{job.name.model}@{job.id}"
+def _refused(error: BaseException | None) -> bool:
+    """Tell whether a refused connection lies at the bottom of an error: the process is gone."""
+    while error is not None:
+        if isinstance(error, ConnectionRefusedError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+async def _introduce(client: httpx.AsyncClient, base: str, identity: str) -> Probe | None:
+    """Return what is wrong with who answers and how it feels, or None."""
     models = await client.get(f"{base}/v1/models")
     models.raise_for_status()
-    names = {item["id"] for item in models.json()["data"]}
+    names = {str(item["id"]) for item in models.json()["data"]}
     if identity not in names:
         return Probe(health=Health.IMPOSTOR, detail=f"it serves {', '.join(sorted(names))[:80]}")
     health = await client.get(f"{base}/health")
     if health.status_code != 200:
         return Probe(health=Health.SICK, detail=f"/health answers {health.status_code}")
-    if not proven:
-        answer = await client.post(
-            f"{base}/v1/completions",
-            json={"model": identity, "prompt": "a", "max_tokens": 1},
-            timeout=_COMPLETION_TIMEOUT_S,
-        )
-        if answer.status_code != 200 or not answer.json()["choices"]:
-            detail = f"a one-token completion answers {answer.status_code}"
-            return Probe(health=Health.SICK, detail=detail)
-    metrics = await client.get(f"{base}/metrics")
-    return Probe(health=Health.READY, ongoing=parse_ongoing(metrics.text))
+    return None
+
+
+async def _complete(client: httpx.AsyncClient, base: str, model: str) -> Probe | None:
+    """Return what is wrong with a completion of one token, or None."""
+    body = {"model": model, "prompt": "a", "max_tokens": 1}
+    answer = await client.post(f"{base}/v1/completions", json=body, timeout=_COMPLETION_TIMEOUT_S)
+    if answer.status_code != 200 or not answer.json()["choices"]:
+        detail = f"a one-token completion answers {answer.status_code}"
+        return Probe(health=Health.SICK, detail=detail)
+    return None
+
+
+async def _ongoing(client: httpx.AsyncClient, base: str) -> int | None:
+    """Return the requests that a replica is busy with; without metrics that is unknown."""
+    try:
+        async with asyncio.timeout(_TIMEOUT_S):
+            return parse_ongoing((await client.get(f"{base}/metrics")).text)
+    except (TimeoutError, httpx.HTTPError):
+        return None
 
 
 def parse_ongoing(metrics: str) -> int | None:
-    """Return running plus waiting requests over all engines of a scrape, None if it tells neither."""
+    """Return a scrape's running plus waiting requests, None if it tells neither."""
     values = _ONGOING.findall(metrics)
     return round(sum(map(float, values))) if values else None

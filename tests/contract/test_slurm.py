@@ -81,8 +81,13 @@ def test_a_job_sets_its_own_comment_which_the_listing_then_shows(slurm: LabSlurm
         '"address":"10.0.0.9:20000","trap_ready":true,"ready":7,"draining":false}}'
     )
     body = f"scontrol update jobid=$SLURM_JOB_ID comment='{comment}'; sleep 60"
-    job_id = slurm.submit(_script(str(_name()), body, "--comment='{\"v\":1,\"gpus\":1}'"))
-    job = wait_for("the job's comment", lambda: (j := _job(slurm, job_id)) and j.run and j)
+    job_id = slurm.submit(_script(str(_name()), body, '--comment=\'{"v":1,"gpus":1}\''))
+
+    def published() -> Job | None:
+        job = _job(slurm, job_id)
+        return job if job is not None and job.run is not None else None
+
+    job = wait_for("the job's comment", published)
     assert job.run is not None
     assert (job.run.address, job.run.ready_at) == ("10.0.0.9:20000", 7)
     assert job.run.node == job.nodes
@@ -126,12 +131,13 @@ def test_a_cancel_of_another_name_touches_nothing(slurm: LabSlurm) -> None:
     _in_phase(slurm, job_id, Phase.ENDED)
 
 
-def test_a_token_of_the_reconciler_is_in_no_job(lab: Lab, slurm: LabSlurm) -> None:
+@pytest.mark.usefixtures("slurm")
+def test_a_token_of_the_reconciler_is_in_no_job(lab: Lab) -> None:
     """R36: what lies in the reconciler's environment does not travel with its jobs."""
     secret = {"HF_TOKEN": "hf_do_not_leak", "SBATCH_EXPORT": "ALL", "SLURM_EXPORT_ENV": "ALL"}
     leaking = LabSlurm(lab, env=secret)
     out = "/shared/environment.txt"
-    body = f"env > {out}.part; tr '\\0' '\\n' < /proc/$$/environ >> {out}.part; mv {out}.part {out}; sleep 60"
+    body = f"tr '\\0' '\\n' < /proc/$$/environ > {out}.part; mv {out}.part {out}; sleep 60"
     job_id = leaking.submit(_script(str(_name()), body))
     seen = wait_for("the job's environment", lambda: _text(lab, "environment.txt"))
     assert "SLURM_JOB_ID" in seen

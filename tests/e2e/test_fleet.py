@@ -225,7 +225,9 @@ def test_R27_foreign_jobs_live_through_everything(fleet: Fleet) -> None:
     _applied(fleet)
     fleet.edit("replicas: 2", "replicas: 0")
     _applied(fleet)
-    states = [job[2] for job in fleet.jobs() if job[1] in ("demo.tiny", "democracy.tiny.01234567.0")]
+    states = [
+        job[2] for job in fleet.jobs() if job[1] in ("demo.tiny", "democracy.tiny.01234567.0")
+    ]
     assert states == ["RUNNING", "RUNNING"]
     assert [job[2] for job in fleet.jobs("mallory")] == ["RUNNING"]
 
@@ -316,7 +318,11 @@ def test_an_impostor_gets_no_request(fleet: Fleet) -> None:
     fleet.edit('STANDIN_TOKENS_PER_S: "50"', 'STANDIN_IMPOSTOR: "llama-70b"')
     fleet.run("apply", "--wait", "--timeout", "6s", check=False)
     status = fleet.status()
-    assert {replica["status"] for replica in status["replicas"]} <= {"impostor", "leaving", "starting"}
+    assert {replica["status"] for replica in status["replicas"]} <= {
+        "impostor",
+        "leaving",
+        "starting",
+    }
     assert _routed(fleet) == 0
     answer = httpx.post(f"{fleet.url}/v1/completions", json=_body(), timeout=30)
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "10")

@@ -1,4 +1,4 @@
-"""The whole system with the real engine: vLLM on the CPU, in a SIF, in a Slurm job, behind NGINX."""
+"""The whole system with real vLLM: on the CPU, in a SIF, in a Slurm job, behind NGINX."""
 
 import asyncio
 from collections.abc import Iterator

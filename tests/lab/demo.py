@@ -1,6 +1,6 @@
 """The main job, shown step by step: spec, plan, apply, requests, a power cut, and the way back.
 
-    python -m tests.lab.demo [--engine vllm|standin] [--keep]
+python -m tests.lab.demo [--engine vllm|standin] [--keep]
 """
 
 import argparse
@@ -130,9 +130,7 @@ def _heal(show: Show, lab: Lab, fleet: Fleet, tokens: int) -> None:
 
 
 async def _cut_under_load(show: Show, lab: Lab, fleet: Fleet, node: str, tokens: int) -> Load:
-    async with in_flight(
-        fleet.url, "tiny", plain=PLAIN, streams=STREAMS, tokens=tokens
-    ) as load:
+    async with in_flight(fleet.url, "tiny", plain=PLAIN, streams=STREAMS, tokens=tokens) as load:
         running = sum(1 for request in load.requests if not request.done)
         await asyncio.to_thread(lab.power_cut, node)
         show.say(f"{node} is dead: link cut, then its first process killed; {running} in flight")

@@ -1,0 +1,95 @@
+"""What a probe makes of a replica's address: asked of real sockets, hosts and engines."""
+
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from reconciler.adapters.engine import HttpEngines, parse_ongoing
+from reconciler.naming import Comment, ReplicaName, Run
+from reconciler.state import Health, Job, Probe
+from tests.lab import Lab
+from tests.lab.base import CHECKOUT
+from tests.lab.wait import wait_for
+
+STANDIN = "/opt/modelfleet/src/tests/lab/standin.py"
+PORT = 20500
+
+
+def _job(address: str, job_id: int = 7) -> Job:
+    run = Run(node="gpu1", restarts=0, address=address, trap_ready=True, ready_at=5, draining=False)
+    return Job(
+        id=job_id,
+        submitted_at=1,
+        name=ReplicaName(fleet="probe", model="tiny", revision="0123abcd", ordinal=0),
+        state="RUNNING",
+        reason="None",
+        nodes="gpu1",
+        started_at=2,
+        ends_at=None,
+        restarts=0,
+        comment=Comment(gpus=1, commit=None, run=run),
+    )
+
+
+def _probe(job: Job) -> Probe:
+    return HttpEngines().probe([job], ())[job.key]
+
+
+@pytest.fixture(scope="module")
+def replica(lab: Lab) -> Iterator[Job]:
+    """A stand-in on gpu1 that is job 7 of the model tiny."""
+    address = f"{lab.address('gpu1')}:{PORT}"
+    names = ["--served-model-name", "tiny", "tiny@7"]
+    argv = [STANDIN, "serve", "/models/tiny", "--host", "0.0.0.0", "--port", str(PORT), *names]  # noqa: S104 - inside the lab
+    with lab.popen("gpu1", argv) as engine:
+        job = _job(address)
+        wait_for("the stand-in", lambda: _probe(job).health is not Health.STARTING)
+        yield job
+        engine.kill()
+
+
+def test_probe_of_the_right_engine_is_ready_and_counts_its_requests(replica: Job) -> None:
+    """Identity, health and one completed token make a replica ready; its metrics tell its load."""
+    assert _probe(replica) == Probe(health=Health.READY, ongoing=0)
+
+
+def test_probe_of_another_jobs_engine_is_an_impostor(replica: Job) -> None:
+    """The same address proves nothing for another job: its id is not among the served names."""
+    assert _probe(replace(replica, id=8)).health is Health.IMPOSTOR
+
+
+def test_probe_of_a_closed_port_is_starting(lab: Lab) -> None:
+    """A refused connection is evidence: nothing listens there."""
+    assert _probe(_job(f"{lab.address('gpu1')}:{PORT + 1}")).health is Health.STARTING
+
+
+def test_probe_over_a_cut_link_is_silent(replica: Job, lab: Lab) -> None:
+    """No way there says nothing about the engine, however the kernel words it."""
+    lab.cut_link("gpu1")
+    try:
+        assert _probe(replica).health is Health.SILENT
+        # By now the kernel knows that nobody answers for the address: "no route to host".
+        assert _probe(replica).health is Health.SILENT
+    finally:
+        lab.mend_link("gpu1")
+    wait_for("the way back", lambda: _probe(replica).health is Health.READY)
+
+
+def test_R11_fifty_hung_endpoints_are_all_silent() -> None:
+    """Sockets that accept and never answer: each is silent, none blocks another."""
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as hung:
+        address = f"127.0.0.1:{hung.getsockname()[1]}"
+        jobs = [_job(address, job_id) for job_id in range(50)]
+        probes = HttpEngines().probe(jobs, ())
+    assert {probe.health for probe in probes.values()} == {Health.SILENT}
+    assert len(probes) == 50
+
+
+def test_R30_ongoing_is_read_from_a_recorded_scrape_of_real_vllm() -> None:
+    """Running plus waiting, over all engines; a text without them is unknown, not zero."""
+    scrape = (CHECKOUT / "tests" / "fixtures" / "vllm-0.32-metrics.txt").read_text()
+    assert parse_ongoing(scrape) is not None
+    assert parse_ongoing("vllm:num_requests_running 2.0\nvllm:num_requests_waiting 1.0\n") == 3
+    assert parse_ongoing("# nothing\n") is None

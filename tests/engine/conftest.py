@@ -17,7 +17,8 @@ from tests.lab.wait import wait_for
 
 # The real engine takes 10 to 30 s on idle cores, and the cores may not be idle.
 START_TIMEOUT_S = 180.0
-STOP_TIMEOUT_S = 60.0
+# The real one waits for its watchdog, and then for the disk: 6 s when idle, 25 s seen when not.
+STOP_TIMEOUT_S = 120.0
 
 NAMES = ("tiny", "tiny@4711")
 SLOTS = 2
@@ -62,19 +63,26 @@ class Engine:
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, trust_env=False, timeout=60)
 
+    @property
+    def session(self) -> int:
+        """The started process, and so its session and its process group, as the host counts."""
+        return int(wait_for("a process id", lambda: self.log.read_text().partition("\n")[0]))
+
     def processes(self) -> list[Process]:
-        """All processes of this engine, the started one first, each after its parent."""
-        table = self.lab.run(self.host, ["ps", "-u", "fleet", "-o", "pid=,ppid=,pgid=,args="])
-        rows = [line.split(maxsplit=3) for line in table.stdout.splitlines()]
-        every = [Process(int(a), int(b), int(c), command) for a, b, c, command in rows]
-        family = [p for p in every if f"--port {self.port} " in p.command and p.pid == p.group]
-        for member in family:
-            family += [p for p in every if p.parent == member.pid]
-        return family
+        """All processes of this engine that are alive, the started one first."""
+        session = self.session
+        columns = "pid=,ppid=,pgid=,sess=,stat=,args="
+        table = self.lab.run(self.host, ["ps", "-u", "fleet", "--sort=pid", "-o", columns])
+        rows = [line.split(maxsplit=5) for line in table.stdout.splitlines()]
+        return [
+            Process(int(pid), int(parent), int(group), command)
+            for pid, parent, group, member_of, state, command in rows
+            if int(member_of) == session and not state.startswith("Z")
+        ]
 
     def api(self) -> Process:
         """The process that answers HTTP: the first one that is the engine's own."""
-        return next(p for p in self.processes() if " serve " in p.command and "python" in p.command)
+        return next(p for p in self.processes() if " serve /models/" in p.command)
 
     def core(self) -> Process:
         """The engine's process, which computes: the API process's child that is no helper."""
@@ -142,8 +150,9 @@ def start(
     def start(kind: str) -> Iterator[Engine]:
         port = next(ports)
         log = tmp_path_factory.mktemp(kind) / "log"
-        # A process group of its own, as each of Slurm's tasks has.
-        argv = ["setsid", *command(kind), "--port", str(port), *FLAGS]
+        # A session of its own, and the log's first line says which.
+        session = ["setsid", "sh", "-c", 'echo $$; exec "$@"', "sh"]
+        argv = [*session, *command(kind), "--port", str(port), *FLAGS]
         with log.open("w") as out:
             started = lab.popen(HOSTS[kind], argv, stdout=out, stderr=out)
         engine = Engine(kind, lab, port, started, log)
@@ -151,10 +160,9 @@ def start(
             wait_for(f"{kind} to be healthy", lambda: healthy(engine), timeout_s=START_TIMEOUT_S)
             yield engine
         finally:
-            # The starter of Apptainer does not die with its parent, so the real machine's end of
-            # it is not enough.
-            for process in engine.processes():
-                lab.run(HOSTS[kind], ["kill", "-KILL", str(process.pid)], check=False)
+            # Apptainer's starter does not die with its parent, so the end of `started`, which is
+            # on the real machine, is not enough.
+            lab.run(HOSTS[kind], ["pkill", "-KILL", "-s", str(engine.session)], check=False)
             started.wait(STOP_TIMEOUT_S)
 
     return start

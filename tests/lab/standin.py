@@ -372,7 +372,7 @@ class Api:
         """Refuse what vLLM refuses, in its words; return what is left."""
         text = text_of(body, chat)
         most = integer(body, "max_completion_tokens") or integer(body, "max_tokens")
-        if "stream_options" in body and not body.get("stream"):
+        if body.get("stream_options") and not body.get("stream"):
             message = (
                 "Stream options can only be defined when `stream=True`. (parameter=stream_options)"
             )

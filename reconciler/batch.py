@@ -28,13 +28,14 @@ def batch_script(
     `program` is the SIF's path for runtime apptainer, the executable's path for runtime none.
     """
     image = fleet.images[model.image]
+    comment = submit_comment(name, gpus=model.resources.gpus, commit=commit)
     return "\n".join(
         [
             "#!/bin/bash",
-            *_sbatch_lines(fleet, model, name, commit),
+            *_sbatch_lines(fleet, model, name, comment),
             "",
-            f"comment_base={shlex.quote(submit_comment(name, gpus=model.resources.gpus, commit=commit)[:-1])}",
-            f"model={shlex.quote(model.name)}",
+            # Without its closing brace: the job adds what it says of itself.
+            f"comment_base={shlex.quote(comment.removesuffix('}'))}",
             _array("names", [*model.names]),
             _array("launch", _launch(image, model, program)),
             _array("arguments", _arguments(fleet, model)),
@@ -46,11 +47,8 @@ def batch_script(
     )
 
 
-def _sbatch_lines(
-    fleet: Fleet, model: Model, name: ReplicaName, commit: str | None
-) -> Iterator[str]:
+def _sbatch_lines(fleet: Fleet, model: Model, name: ReplicaName, comment: str) -> Iterator[str]:
     slurm = fleet.slurm_for(model)
-    comment = submit_comment(name, gpus=model.resources.gpus, commit=commit)
     options = {
         "job-name": str(name),
         "partition": slurm.partition,

@@ -102,7 +102,7 @@ def plan(spec: Path, as_json: bool, state_dir: Path | None, detailed_exitcode: b
     from reconciler.cycle import look
     from reconciler.render import plan_text
 
-    decided, _ = look(fleet, world)
+    decided, _ = look(fleet, world, time.time())
     _show(decided, plan_text, as_json)
     if detailed_exitcode and decided.actions and decided.observed:
         sys.exit(_EXIT_CHANGES)
@@ -119,7 +119,7 @@ def status(spec: Path, as_json: bool, state_dir: Path | None) -> None:
     from reconciler.cycle import look
     from reconciler.render import status_text
 
-    decided, _ = look(fleet, world)
+    decided, _ = look(fleet, world, time.time())
     _show(decided, status_text, as_json)
     _exit_unless_observed(decided)
 
@@ -143,7 +143,7 @@ def apply(
     progress = _Progress(quiet=as_json)
     with world.store.locked():
         while True:
-            outcome = cycle(fleet, world, commit=_commit(spec), say=progress.say)
+            outcome = cycle(fleet, world, at=time.time(), commit=_commit(spec), say=progress.say)
             progress.show(outcome)
             if not wait or outcome.plan.converged or progress.elapsed_s >= timeout_s:
                 break
@@ -175,7 +175,9 @@ def run(spec: Path, state_dir: Path | None, interval: float) -> None:
             pause_s = interval
             try:
                 fleet, world = _load(spec, state_dir)
-                outcome = cycle(fleet, world, commit=_commit(spec), say=progress.say)
+                outcome = cycle(
+                    fleet, world, at=time.time(), commit=_commit(spec), say=progress.say
+                )
                 progress.show(outcome)
                 pause_s = _pause_s(outcome, interval)
             except FleetError as error:

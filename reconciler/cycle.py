@@ -1,6 +1,5 @@
 """One cycle: look, remember, plan, act."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,15 +20,15 @@ class Outcome:
     errors: tuple[str, ...]
 
 
-def look(fleet: Fleet, world: World) -> tuple[Plan, Mapping[str, ImagePin]]:
+def look(fleet: Fleet, world: World, at: float) -> tuple[Plan, Mapping[str, ImagePin]]:
     """Return the plan for the world as it is now; nothing is changed, nothing is remembered."""
-    observation, pins = observe(fleet, world, time.time())
+    observation, pins = observe(fleet, world, at)
     return plan(fleet, observation, learn(world.store.load(), observation)), pins
 
 
-def cycle(fleet: Fleet, world: World, *, commit: str | None, say: Say) -> Outcome:
-    """Run one cycle. The caller holds the lock."""
-    observation, pins = observe(fleet, world, time.time())
+def cycle(fleet: Fleet, world: World, *, at: float, commit: str | None, say: Say) -> Outcome:
+    """Run one cycle at the time `at` (epoch seconds). The caller holds the lock."""
+    observation, pins = observe(fleet, world, at)
     memory = learn(world.store.load(), observation)
     decided = plan(fleet, observation, memory)
     world.store.save(remember(memory, decided))

@@ -3,8 +3,8 @@
 ::
 
     FleetError                 one line for the user, exit code 1
-    ├── SpecError              the spec is wrong: edit it (holds every problem, each with its position)
-    ├── SlurmUnavailable       Slurm did not answer: nothing is known, so do nothing and look again
+    ├── SpecError              the spec is wrong: edit it (it holds every problem with its position)
+    ├── SlurmUnavailable       Slurm did not answer: nothing is known; do nothing, look again
     ├── SubmitRejected         Slurm said no: nothing was submitted
     ├── SubmitUnknown          Slurm may have accepted: look again before submitting that name
     ├── GatewayFailed          a gateway kept its last configuration: it still serves

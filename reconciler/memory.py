@@ -18,18 +18,29 @@ from reconciler.state import (
 # The first failure costs seconds (it may be chance), the tenth ten minutes.
 BACKOFF_FIRST_S = 10.0
 BACKOFF_MOST_S = 600.0
+# A listing that has lost every known job at once must still say so this much later.
+CONFIRM_S = 5.0
 
 
 def learn(memory: Memory, observation: Observation) -> Memory:
     """Return what is known after a look: misses, idle times, failures, a suspicious emptiness."""
     if observation.jobs is None:
         return memory
-    return Memory(
+    memory = _not_after(memory, observation.at)
+    emptied = replace(memory, emptied_at=_emptied_at(memory, observation))
+    if unconfirmed(emptied, observation.at):
+        return emptied
+    return replace(
+        emptied,
         misses=_misses(memory, observation),
         drains=_idle(memory, observation),
         failures=_failures(memory, observation),
-        emptied_at=_emptied_at(memory, observation),
     )
+
+
+def unconfirmed(memory: Memory, at: float) -> bool:
+    """Whether every known job has gone at once, and too recently to be believed."""
+    return memory.emptied_at is not None and at - memory.emptied_at < CONFIRM_S
 
 
 def remember(memory: Memory, plan: Plan) -> Memory:
@@ -48,11 +59,44 @@ def backoff_until(failures: Failures | None) -> float:
     return failures.last_at + min(delay_s, BACKOFF_MOST_S)
 
 
+def _not_after(memory: Memory, at: float) -> Memory:
+    """Return the memory with no time after now: a clock set back must not stop any timer."""
+
+    def past(since: float | None) -> float | None:
+        return None if since is None else min(since, at)
+
+    return replace(
+        memory,
+        drains={
+            key: DrainClock(since=min(clock.since, at), idle_since=past(clock.idle_since))
+            for key, clock in memory.drains.items()
+        },
+        failures={
+            revision: replace(seen, last_at=min(seen.last_at, at))
+            for revision, seen in memory.failures.items()
+        },
+        emptied_at=past(memory.emptied_at),
+    )
+
+
 def _misses(memory: Memory, observation: Observation) -> Mapping[JobKey, int]:
+    """Count failed looks; that nothing listens yet at a replica that loads is no failure."""
+    routed = _routed(observation)
+    loading = {
+        job.key
+        for job in observation.jobs or ()
+        if job.run is not None and job.run.ready_at is None and job.key not in routed
+    }
     return {
-        key: 0 if probe.health is Health.READY else memory.misses.get(key, 0) + 1
+        key: 0
+        if probe.health is Health.READY or (probe.health is Health.STARTING and key in loading)
+        else memory.misses.get(key, 0) + 1
         for key, probe in observation.probes.items()
     }
+
+
+def _routed(observation: Observation) -> frozenset[JobKey]:
+    return frozenset(target.key for view in observation.gateways for target in view.targets)
 
 
 def _idle(memory: Memory, observation: Observation) -> Mapping[JobKey, DrainClock]:
@@ -94,8 +138,8 @@ def _failed(job: Job, memory: Memory) -> bool:
 
 
 def _emptied_at(memory: Memory, observation: Observation) -> float | None:
-    routed = {target.key for view in observation.gateways for target in view.targets}
+    known = _routed(observation) | memory.misses.keys() | memory.drains.keys()
     listed = {job.key for job in observation.jobs or ()}
-    if not routed or routed & listed:
+    if not known or known & listed:
         return None
     return memory.emptied_at if memory.emptied_at is not None else observation.at

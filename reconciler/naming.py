@@ -78,11 +78,12 @@ def parse_comment(text: str) -> Comment | None:
     """Return what a comment says, or None if it is not one of ours (its owner may overwrite it)."""
     try:
         record = json.loads(text)
-        if record["v"] != COMMENT_VERSION:
+        commit = record["commit"]
+        if record["v"] != COMMENT_VERSION or not isinstance(commit, str | None):
             return None
         return Comment(
             gpus=_count(record["gpus"]),
-            commit=record.get("commit"),
+            commit=commit,
             run=_parse_run(record["run"]) if "run" in record else None,
         )
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -94,15 +95,18 @@ def _parse_run(record: dict[str, Any]) -> Run:
     return Run(
         node=str(record["node"]),
         restarts=_count(record["restarts"]),
-        address=_address(str(record["address"])),
+        address=checked_address(str(record["address"])),
         trap_ready=record["trap_ready"] is True,
         ready_at=None if ready is None else _count(ready),
         draining=record["draining"] is True,
     )
 
 
-def _address(text: str) -> str:
-    """Return `IPv4:port` in its one canonical form; nothing else may reach NGINX's configuration."""
+def checked_address(text: str) -> str:
+    """Return `IPv4:port` in its one canonical form. Raises ValueError for anything else.
+
+    Nothing else may reach NGINX's configuration.
+    """
     host, _, port = text.partition(":")
     if not re.fullmatch(r"[1-9][0-9]{0,4}", port, re.ASCII) or int(port) > 65535:
         raise ValueError(f"not a port: {port!r}")

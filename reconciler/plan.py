@@ -168,7 +168,7 @@ class Plan:
     notes: tuple[Note, ...]
     models: tuple[ModelView, ...]
     replicas: tuple[ReplicaView, ...]
-    leaving: tuple[JobKey, ...]
+    leaving: tuple[JobKey, ...]  # whose drain clocks run: no gateway can send them requests
     gpus_held: int
     gpus_budget: int
 
@@ -180,10 +180,12 @@ class Plan:
     @property
     def converged(self) -> bool:
         """Whether there is nothing to do and nothing to wait for."""
-        settled = all(view.ready == view.wanted for view in self.models)
+        alone = {note.subject for note in self.notes if note.kind is NoteKind.SUSPENDED}
+        settled = all(view.ready == view.wanted for view in self.models if view.name not in alone)
         extra = any(
             not view.current or view.status is not Status.READY or not view.routed
             for view in self.replicas
+            if view.name.model not in alone
         )
         return self.observed and settled and not self.actions and not extra
 

@@ -8,7 +8,7 @@ leaving replica's next step is.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from reconciler.memory import backoff_until
+from reconciler.memory import CONFIRM_S, backoff_until, unconfirmed
 from reconciler.naming import ReplicaName
 from reconciler.plan import (
     Action,
@@ -42,8 +42,6 @@ from reconciler.state import (
 # Two looks without an answer and a replica leaves the upstreams; it takes more to replace it.
 MISSES_TO_DEROUTE = 2
 MISSES_TO_REPLACE = 4
-# A listing that has lost every routed job at once must still say so this much later.
-CONFIRM_S = 5.0
 # The longest upload (client_body_timeout 60 s) could still reach an old worker's upstream, and
 # the retry window comes on top.
 IDLE_HOLD_S = 90.0
@@ -81,7 +79,9 @@ def plan(fleet: Fleet, observation: Observation, memory: Memory) -> Plan:
         notes=tuple(notes + step_notes + _observation_notes(seen)),
         models=tuple(part.view for part in parts if part.view is not None),
         replicas=tuple(_view(job, seen, leaving) for job in seen.live),
-        leaving=tuple(sorted(leaving)),
+        leaving=tuple(
+            job.key for job in seen.live if job.key in leaving and not seen.may_get_requests(job)
+        ),
         gpus_held=seen.gpus_held,
         gpus_budget=fleet.budget.gpus,
     )
@@ -94,12 +94,12 @@ def _gaps(observation: Observation, memory: Memory) -> tuple[Note, ...]:
             f"{observation.jobs_error or 'Slurm did not answer'}; nothing is submitted or cancelled"
         )
         return (Note(kind=NoteKind.NO_LISTING, subject="slurm", text=text),)
-    if memory.emptied_at is not None and observation.at - memory.emptied_at < CONFIRM_S:
+    if memory.emptied_at is not None and unconfirmed(memory, observation.at):
         return (
             Note(
                 kind=NoteKind.SUSPICIOUS_LISTING,
                 subject="slurm",
-                text="every routed job is gone at once; looking again before believing it",
+                text="every known job is gone at once; looking again before believing it",
                 until=memory.emptied_at + CONFIRM_S,
             ),
         )
@@ -133,7 +133,10 @@ class _Seen:
         self.at = observation.at
         jobs = observation.jobs or ()
         self.live = tuple(
-            sorted((job for job in jobs if job.phase is not Phase.ENDED), key=lambda job: job.name)
+            sorted(
+                (job for job in jobs if job.phase is not Phase.ENDED),
+                key=lambda job: (job.name, job.key),
+            )
         )
         self.routed: Mapping[JobKey, Target] = {
             target.key: target for view in observation.gateways for target in view.targets
@@ -153,6 +156,12 @@ class _Seen:
 
     def clock(self, job: Job) -> DrainClock:
         return self.memory.drains.get(job.key) or DrainClock(since=self.at)
+
+    def may_get_requests(self, job: Job) -> bool:
+        """Whether it answers, and a gateway routes to it or can't be asked whether it does."""
+        serves = self.status(job) in (Status.READY, Status.SILENT)
+        views = self.observation.gateways
+        return serves and (job.key in self.routed or any(view.error for view in views))
 
     def _observer_suspect(self) -> bool:
         """Most routed replicas silent at once: suspect the network here, not the fleet."""
@@ -280,12 +289,18 @@ def _duplicates(jobs: Sequence[Job], seen: _Seen) -> list[Job]:
 def _stale_to_leave(
     model: Model, current: Sequence[Job], stale: Sequence[Job], seen: _Seen
 ) -> list[Job]:
-    """Return the replicas of other revisions that may leave: those that nobody would miss."""
+    """Return the replicas of other revisions that may leave: those that nobody would miss.
+
+    A silent one may still serve, so it leaves only when enough others are ready without it.
+    """
     serving = [job for job in stale if seen.status(job) is Status.READY]
-    idle = [job for job in stale if seen.status(job) is not Status.READY]
+    silent = [job for job in stale if seen.status(job) is Status.SILENT]
+    idle = [job for job in stale if job not in serving and job not in silent]
     ready = len(serving) + sum(1 for job in current if seen.status(job) is Status.READY)
-    spare = max(0, ready - (model.replicas - seen.fleet.defaults.rollout.max_unavailable))
-    return idle + sorted(serving, key=lambda job: _victim_order(job, seen))[:spare]
+    spare = ready - (model.replicas - seen.fleet.defaults.rollout.max_unavailable)
+    if spare < 0:
+        return idle
+    return idle + silent + sorted(serving, key=lambda job: _victim_order(job, seen))[:spare]
 
 
 def _is_unhealthy(job: Job, seen: _Seen) -> bool:
@@ -306,7 +321,7 @@ def _progress(job: Job, seen: _Seen) -> int:
 
 
 def _victim_order(job: Job, seen: _Seen) -> tuple[int, bool, bool, float, int, int]:
-    """Sort key, first to leave first: who got least far, whose drain has begun, who ends soonest."""
+    """Sort key, first to leave first: who got least far, then whose drain has begun, and so on."""
     probe = seen.probe(job)
     load = probe.ongoing if probe is not None and probe.ongoing is not None else 0
     draining = job.key in seen.memory.drains
@@ -384,8 +399,9 @@ def _within_budget(
 
 
 def _targets(seen: _Seen, leaving: Mapping[JobKey, Reason]) -> list[Target]:
-    """Return who gets requests: whoever is ready and stays, and whoever can't be judged as it was."""
+    """Return who gets requests: who is ready and stays, and as it was who can't be judged."""
     targets = []
+    routed = {target.job_id: target for target in seen.routed.values()}
     for job in seen.live:
         if job.key in leaving:
             continue
@@ -399,13 +415,13 @@ def _targets(seen: _Seen, leaving: Mapping[JobKey, Reason]) -> list[Target]:
                     address=job.run.address,
                 )
             )
-        elif status is Status.UNKNOWN and job.key in seen.routed:
-            targets.append(seen.routed[job.key])
+        elif status is Status.UNKNOWN and job.id in routed:
+            targets.append(routed[job.id])  # by its id: its submit time may be what is unreadable
     return targets
 
 
 def _route(fleet: Fleet, seen: _Seen, targets: list[Target]) -> tuple[list[Action], list[Note]]:
-    """Return the change for every gateway that runs something else, and notes for the unreachable."""
+    """Return the change for every gateway that runs something else; notes for the unreachable."""
     wanted = render_gateway(fleet, targets).generation
     views = seen.observation.gateways
     notes = [
@@ -442,9 +458,10 @@ def _steps(seen: _Seen, leaving: Mapping[JobKey, Reason]) -> tuple[list[Action],
         timeout_s = (
             seen.fleet.drain_timeout_s(model) if model else seen.fleet.defaults.drain_timeout_s
         )
-        deadline = seen.clock(job).since + timeout_s
+        # The time to drain begins when no request can come any more.
+        deadline = None if seen.may_get_requests(job) else seen.clock(job).since + timeout_s
         waits_for = _waits_for(job, seen)
-        if job.phase is Phase.PENDING or seen.at >= deadline:
+        if job.phase is Phase.PENDING or (deadline is not None and seen.at >= deadline):
             actions.append(Cancel(job=ref, pending=job.phase is Phase.PENDING, reason=reason))
         elif waits_for is None:
             actions.append(Drain(job=ref, reason=reason))
@@ -468,7 +485,7 @@ def _waits_for(job: Job, seen: _Seen) -> str | None:
             return f"gateway {view.name} may still route to it: {view.error}"
     if job.key in seen.routed:
         return "it leaves the gateways first"
-    if run.ready_at is None:
+    if run.ready_at is None and seen.status(job) is Status.STARTING:
         return None  # never ready, so never routed: no request can be on its way
     idle_since = seen.clock(job).idle_since
     idle = idle_since is not None and seen.at - idle_since >= IDLE_HOLD_S
@@ -481,7 +498,8 @@ def _waits_for(job: Job, seen: _Seen) -> str | None:
 def _observation_notes(seen: _Seen) -> list[Note]:
     notes = []
     if seen.observation.odd_lines:
-        text = f"{seen.observation.odd_lines} lines of squeue could not be read; those jobs are left alone"
+        count = seen.observation.odd_lines
+        text = f"{count} of squeue's lines could not be read; those jobs are left alone"
         notes.append(Note(kind=NoteKind.ODD_LINES, subject="slurm", text=text))
     if seen.observer_suspect:
         text = "most replicas are silent at once: suspecting this host's network, routes stay"

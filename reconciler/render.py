@@ -1,9 +1,11 @@
-"""The JSON of a plan as text for people. Text is made from the JSON only, so they can't disagree."""
+"""The JSON of a plan as text for people, made from the JSON only, so they can't disagree."""
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+# With one of these notes the plan shows no replicas because none could be seen.
+_BLIND = {"no listing", "suspicious listing"}
 _SIGNS = {"submit": "+", "route": "~", "drain": "-", "cancel": "x"}
 
 Record = Mapping[str, Any]
@@ -39,14 +41,19 @@ def status_text(plan: Record) -> str:
 
 
 def changes(before: Record | None, after: Record) -> list[str]:
-    """Return one line for each replica that does something else than in the plan before."""
+    """Return one line for each replica that does something else than in the plan before.
+
+    A plan made without a listing says nothing of any replica, so it changes nothing.
+    """
+    if any(note["kind"] in _BLIND for note in after["notes"]):
+        return []
     old = {view["job_id"]: view for view in before["replicas"]} if before else {}
     new = {view["job_id"]: view for view in after["replicas"]}
     lines = []
     for job_id, view in new.items():
         was, now = _doing(old.get(job_id)), _doing(view)
         if was != now:
-            detail = f" ({view['detail']})" if view["detail"] else ""
+            detail = f" ({_plain(view['detail'])})" if view["detail"] else ""
             arrow = f"{was} -> " if was else ""
             lines.append(f"{replica_name(view['name'])} job {job_id}: {arrow}{now}{detail}")
     gone = [view for job_id, view in old.items() if job_id not in new]
@@ -75,12 +82,18 @@ def replica_name(name: Record) -> str:
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
     """Return rows as aligned columns, two spaces apart, without trailing spaces."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [[_plain(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = (
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
+        for row in cells
     )
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _plain(text: str) -> str:
+    """Return text without what would move a terminal's cursor: some of it comes from outside."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _headline(plan: Record) -> str:
@@ -122,9 +135,9 @@ def _names(plan: Record) -> set[str]:
 
 def _note(note: Record) -> str:
     if note["until"] is None:
-        return str(note["text"])
+        return _plain(note["text"])
     until = datetime.fromtimestamp(note["until"], UTC)
-    return f"{note['text']}, until {until:%H:%M:%S} UTC"
+    return f"{_plain(note['text'])}, until {until:%H:%M:%S} UTC"
 
 
 def _count(number: int, noun: str) -> str:

@@ -9,9 +9,11 @@ named location, so that streaming and retries stay in the proxy module
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
+from reconciler.naming import LABEL, checked_address
 from reconciler.spec import Fleet
 from reconciler.state import Target
 
@@ -22,6 +24,12 @@ _BODY_MAX = "8m"
 # A dead node's connections end after keep-alive gives up, some 14 s; a retry must still be
 # allowed then. 30 s in all is what a client is promised.
 _RETRY_WINDOW_S = 25
+
+_TOO_LARGE = {
+    "message": f"The request is larger than {_BODY_MAX}.",
+    "type": "invalid_request_error",
+    "code": "request_too_large",
+}
 
 GENERATION_MARK = "@GENERATION@"
 
@@ -45,7 +53,11 @@ def render_gateway(fleet: Fleet, targets: Iterable[Target]) -> GatewayFiles:
     }
     text = json.dumps(parts, sort_keys=True)
     generation = hashlib.sha256(text.encode()).hexdigest()[:12]
-    files = {name: part.replace(GENERATION_MARK, generation) for name, part in parts.items()}
+    # Not in the njs module: it does not need it, and a served name may read like the mark.
+    files = {
+        name: part if name == "fleet.js" else part.replace(GENERATION_MARK, generation)
+        for name, part in parts.items()
+    }
     return GatewayFiles(generation=generation, files=files)
 
 
@@ -53,9 +65,21 @@ def parse_targets(text: str) -> tuple[str, tuple[Target, ...]]:
     """Return generation and targets of a `targets.json`. Raises ValueError for anything else."""
     try:
         record = json.loads(text)
-        return str(record["generation"]), tuple(Target(**item) for item in record["targets"])
-    except (KeyError, TypeError) as error:
+        return str(record["generation"]), tuple(_target(**item) for item in record["targets"])
+    except (KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"not a targets.json: {error}") from error
+
+
+def _target(*, model: str, job_id: int, submitted_at: int, address: str) -> Target:
+    """Return a target that may stand in a configuration again, whatever became of the file."""
+    if not re.fullmatch(LABEL, model):
+        raise ValueError(f"not a model: {model!r}")
+    return Target(
+        model=model,
+        job_id=int(job_id),
+        submitted_at=int(submitted_at),
+        address=checked_address(str(address)),
+    )
 
 
 def _targets_json(targets: tuple[Target, ...]) -> str:
@@ -69,6 +93,7 @@ def _fleet_conf(fleet: Fleet, by_model: Mapping[str, list[Target]]) -> str:
     server = (
         _SERVER.replace("@LISTEN@", str(fleet.gateway.listen))
         .replace("@SERVER_NAME@", fleet.gateway.server_name)
+        .replace("@TOO_LARGE@", json.dumps({"error": _TOO_LARGE}))
         .replace("@BODY_MAX@", _BODY_MAX)
         .replace("@RETRY_WINDOW@", str(_RETRY_WINDOW_S))
         .replace("@TRIES@", str(max(2, min(most, 5))))
@@ -97,7 +122,8 @@ def _fleet_js(fleet: Fleet, by_model: Mapping[str, list[Target]]) -> str:
             listed.append({"id": name, "object": "model", "owned_by": fleet.fleet, "state": state})
     listing = json.dumps({"object": "list", "data": listed})
     return (
-        f"const UPSTREAMS = {json.dumps(upstreams, sort_keys=True)};\n"
+        # JSON.parse: in an object literal the key "__proto__" would not be a key.
+        f"const UPSTREAMS = JSON.parse({json.dumps(json.dumps(upstreams, sort_keys=True))});\n"
         f"const MODELS = {json.dumps(listing)};\n{_FLEET_JS}"
     )
 
@@ -125,7 +151,7 @@ server {
 
     error_page 413 = @too_large;
     location @too_large {
-        return 413 '{"error":{"message":"The request is larger than @BODY_MAX@.","type":"invalid_request_error","code":"request_too_large"}}';
+        return 413 '@TOO_LARGE@';
     }
 
     location = /v1/models { js_content fleet.models; }
@@ -156,7 +182,8 @@ _FLEET_JS = """\
 // Sends a request to the upstream of the model that its JSON body names.
 function error(r, status, code, message) {
     r.headersOut['Content-Type'] = 'application/json';
-    r.return(status, JSON.stringify({error: {message: message, type: 'invalid_request_error', code: code}}));
+    const body = {message: message, type: 'invalid_request_error', code: code};
+    r.return(status, JSON.stringify({error: body}));
 }
 
 function notFound(r) {
@@ -173,7 +200,7 @@ function route(r) {
     } catch (e) {
         return error(r, 400, 'invalid_json', 'The request body is not JSON.');
     }
-    if (body === null || typeof body !== 'object' || typeof body.model !== 'string' || !body.model) {
+    if (body === null || typeof body.model !== 'string' || !body.model) {
         return error(r, 400, 'model_required', 'The request body must name a model.');
     }
     if (!Object.prototype.hasOwnProperty.call(UPSTREAMS, body.model)) {

@@ -251,7 +251,9 @@ class Fleet(Strict):
 
 def load_fleet(folder: Path) -> Fleet:
     """Read a spec folder. Raises SpecError with every mistake that can be found at once."""
-    sources = [_read(folder / "fleet.yaml"), *_model_files(folder / "models")]
+    sources = [_read(folder / "fleet.yaml")]
+    if folder.is_dir():
+        sources += _model_files(folder / "models")
     problems = [problem for part in sources for problem in part.problems]
     if problems:
         raise SpecError(problems)

@@ -48,6 +48,9 @@ PHASES: Mapping[str, Phase] = {
     ),
 }
 
+# Not Slurm's: the state of a job whose line could not be read, so of Phase.UNKNOWN.
+UNREADABLE = "UNREADABLE"
+
 # Ends that say something about the revision itself; after the others (a node, preemption, a
 # walltime, our own cancel) a replica is replaced at once.
 FAILURES = frozenset({"FAILED", "OUT_OF_MEMORY"})
@@ -146,7 +149,7 @@ class Observation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrainClock:
-    """Since when a replica is leaving, and since when it has had no request."""
+    """Since when a leaving replica is off the gateways, and since when it has had no request."""
 
     since: float
     idle_since: float | None = None
@@ -165,7 +168,7 @@ class Failures:
 class Memory:
     """What one look can't show. Losing it restarts timers and nothing else."""
 
-    misses: Mapping[JobKey, int] = field(default_factory=dict)  # looks in a row without READY
+    misses: Mapping[JobKey, int] = field(default_factory=dict)  # failed looks in a row
     drains: Mapping[JobKey, DrainClock] = field(default_factory=dict)
     failures: Mapping[str, Failures] = field(default_factory=dict)  # "model.revision" ->
-    emptied_at: float | None = None  # first look at which all routed jobs were gone at once
+    emptied_at: float | None = None  # first look at which all known jobs were gone at once

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 
 from reconciler.adapters.ports import Listing
 from reconciler.errors import SlurmUnavailable, SubmitRejected, SubmitUnknown
-from reconciler.naming import parse_comment, parse_name
+from reconciler.naming import ReplicaName, parse_comment, parse_name
 from reconciler.plan import JobRef
-from reconciler.state import Job
+from reconciler.state import UNREADABLE, Job
 
 # What Slurm's commands need of our environment. A token that lies in the rest must not reach a
 # job, and SQUEUE_* or SLURM_* variables must not change what a command prints.
@@ -41,7 +41,10 @@ class SlurmCli:
     """The adapter for squeue, sinfo, sbatch and scancel."""
 
     def __init__(self, *, timeout_s: float = _TIMEOUT_S) -> None:
-        self._user = pwd.getpwuid(os.getuid()).pw_name
+        try:
+            self._user = pwd.getpwuid(os.getuid()).pw_name
+        except KeyError:
+            raise SlurmUnavailable(f"user id {os.getuid()} has no name on this host") from None
         self._timeout_s = timeout_s
 
     def jobs(self, fleet: str) -> Listing:
@@ -108,52 +111,55 @@ class SlurmCli:
             )
         except FileNotFoundError:
             raise SlurmUnavailable(f"{argv[0]} is not on PATH: run fleet on a login node") from None
+        except OSError as error:
+            raise SlurmUnavailable(f"{argv[0]} can't be started: {error.strerror}") from None
 
 
 def parse_listing(output: str, *, mark: str, fleet: str, user: str) -> Listing:
     """Return the jobs in squeue's output that are ours; foreign ones are left out.
 
-    `mark` stands behind each field. A record that can't be read is counted and spoils no other.
+    `mark` stands behind each field. A record of ours that can't be read is counted and becomes a
+    job of an unknown state: it is there, so nothing may take its place. It spoils no other.
     Raises SlurmUnavailable if the output is cut short or is not such a listing at all.
     """
     *fields, rest = output.split(mark)
-    if rest.strip() or len(fields) % len(_FIELDS):
+    whole = rest.endswith("\n") if fields else not rest
+    if rest.strip() or not whole or len(fields) % len(_FIELDS):
         raise SlurmUnavailable("squeue: its answer is cut short")
     jobs, odd_lines = [], 0
     for start in range(0, len(fields), len(_FIELDS)):
-        record = [field.strip("\n") for field in fields[start : start + len(_FIELDS)]]
+        record = fields[start : start + len(_FIELDS)]
         name = parse_name(record[9])
         if name is None or name.fleet != fleet or record[1] != user:
             continue
-        try:
-            jobs.append(_job(record))
-        except ValueError:
-            odd_lines += 1
+        job = _job(record, name)
+        odd_lines += job.state == UNREADABLE
+        jobs.append(job)
     return Listing(jobs=tuple(jobs), odd_lines=odd_lines)
 
 
-def _job(record: Sequence[str]) -> Job:
-    job_id, _, state, submitted, started, ends, nodes, reason, restarts, name, comment = record
-    replica = parse_name(name)
-    if replica is None or not state:
-        raise ValueError(f"not a job of ours: {name!r}")
+def _job(record: Sequence[str], name: ReplicaName) -> Job:
+    job_id, _, state, submitted, started, ends, nodes, reason, restarts, _, comment = record
+    # The end of the record before stands in front of the first field.
+    key, count = (_number(job_id.lstrip("\n")), _number(submitted)), _number(restarts)
+    readable = bool(state) and None not in (*key, count)
     return Job(
-        id=int(job_id),
-        submitted_at=int(submitted),
-        name=replica,
-        state=state,
+        id=key[0] or 0,
+        submitted_at=key[1] or 0,
+        name=name,
+        state=state if readable else UNREADABLE,
         reason=reason,
         nodes=nodes,
-        started_at=_time(started),
-        ends_at=_time(ends),
-        restarts=int(restarts),
-        comment=parse_comment(comment),
+        started_at=_number(started),
+        ends_at=_number(ends),
+        restarts=count or 0,
+        comment=parse_comment(comment) if readable else None,
     )
 
 
-def _time(text: str) -> int | None:
-    """Return an epoch time; Slurm writes N/A, Unknown or NONE for one that is not known."""
-    return int(text) if text.isdecimal() else None
+def _number(text: str) -> int | None:
+    """Return a count or an epoch time; Slurm writes N/A, Unknown or NONE where it has none."""
+    return int(text) if re.fullmatch(r"[0-9]{1,15}", text) else None
 
 
 def _one_line(text: str) -> str:

@@ -6,7 +6,6 @@ Losing or breaking the file restarts timers and nothing else: Slurm holds every 
 import fcntl
 import os
 import socket
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,12 +46,14 @@ class FileStore:
             dict(memory.failures),
             memory.emptied_at,
         )
+        # One name, as the lock makes one writer: a crash or a full disk leaves no litter.
+        part = self._folder / "memory.json.part"
         try:
-            with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as part:
-                part.write(_ADAPTER.dump_json(filed))
-                part.flush()
-                os.fsync(part.fileno())
-            os.replace(part.name, self._file)
+            with part.open("wb") as handle:
+                handle.write(_ADAPTER.dump_json(filed))
+                handle.flush()
+                os.fsync(handle.fileno())
+            part.replace(self._file)
         except OSError as error:
             raise StateFailed(f"{self._file} can't be written: {error.strerror}") from error
 
@@ -61,16 +62,24 @@ class FileStore:
         """Hold the fleet's lock. Raises LockHeld, which names who has it, or StateFailed."""
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            handle = self._lock.open("a+")
+            lock = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise StateFailed(f"{self._folder} can't be used: {error.strerror}") from error
-        with handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                handle.seek(0)
-                raise LockHeld(f"{self._lock} is held by {handle.read().strip()}") from None
-            handle.truncate(0)
-            handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            handle.flush()
+        try:
+            _take(lock, self._lock)
             yield
+        finally:
+            os.close(lock)
+
+
+def _take(lock: int, path: Path) -> None:
+    """Take the lock and write who holds it, or raise who does."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    except BlockingIOError:
+        holder = os.pread(lock, 200, 0).decode(errors="replace").strip()
+        raise LockHeld(f"{path} is held by {holder or 'another process'}") from None
+    except OSError as error:
+        raise StateFailed(f"{path} can't be locked: {error.strerror}") from error

@@ -1,0 +1,161 @@
+"""Engine arguments against what the engine's own parser takes, before anything is submitted.
+
+`engines/ENGINE-VERSION.json` is a JSON Schema that images/arguments.py makes from the real engine's
+parser. It describes values as a spec writes them; batch.engine_argument makes the words of them.
+"""
+
+import difflib
+import functools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from reconciler.source import Path, shown
+
+if TYPE_CHECKING:
+    from jsonschema.exceptions import ValidationError
+    from jsonschema.protocols import Validator
+
+_ENGINES = files("reconciler") / "engines"
+# A message is one line of a terminal or a log.
+_LIST_MAX = 100
+# How vLLM expands a number inside the JSON of a configuration.
+_SIZE_IN_JSON = re.compile(r"\b[0-9]+(?:\.[0-9]+)?[kKmMgGtT]\b")
+
+
+def check_arguments(
+    engine: str, version: str, args: Mapping[str, Any]
+) -> Iterator[tuple[Path, str]]:
+    """Yield each argument that this version of the engine would refuse: where in `args`, and why.
+
+    Nothing is yielded for a version that has no schema; `unchecked` says so. Underscores and
+    hyphens are the same, and `config.key` is a key of the mapping `config`, as in vLLM.
+    """
+    checker = _checker(engine, version)
+    if checker is None:
+        return
+    for key, value in args.items():
+        for path, message in _mistakes(checker, key, value):
+            yield (key, *path), message
+
+
+def unchecked(engine: str, version: str | None) -> str | None:
+    """Return why arguments for this version can't be checked, None if they can."""
+    if version is None:
+        return "no version is given, arguments are not checked"
+    if _checker(engine, version) is not None:
+        return None
+    known = " or ".join(versions(engine)) or "none"
+    return f"arguments are not checked: {engine} {version} has no schema here (there is: {known})"
+
+
+def versions(engine: str) -> list[str]:
+    """Return the versions of the engine whose arguments can be checked."""
+    names = [item.name for item in _ENGINES.iterdir()]
+    prefix, suffix = f"{engine}-", ".json"
+    return sorted(n[len(prefix) : -len(suffix)] for n in names if n.startswith(prefix))
+
+
+@functools.cache
+def _checker(engine: str, version: str) -> "Validator | None":
+    """Return the validator of an engine's version; built once, as that takes milliseconds."""
+    # Compared with names that exist, so that no version can become a path to elsewhere.
+    if version not in versions(engine):
+        return None
+    text = (_ENGINES / f"{engine}-{version}.json").read_text(encoding="utf-8")
+    return _validator(json.loads(text))
+
+
+def _validator(schema: Mapping[str, Any]) -> "Validator":
+    # Not at the top: `fleet status` and others, whose specs were checked before, start faster.
+    import jsonschema
+
+    formats = jsonschema.FormatChecker(formats=())
+    formats.checks("json", raises=ValueError)(_is_json)
+    formats.checks("json-with-sizes", raises=ValueError)(_is_json_with_sizes)
+    base = jsonschema.Draft202012Validator
+    # To JSON Schema 8192.0 is an integer; the word 8192.0 is none to an engine.
+    types = base.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
+    checker: Validator = jsonschema.validators.extend(base, type_checker=types)(
+        schema, format_checker=formats
+    )
+    return checker
+
+
+def _is_json(value: object) -> bool:
+    """Tell whether a text is JSON. Raises ValueError, json's own, if not."""
+    if isinstance(value, str):
+        json.loads(value)
+    return True
+
+
+def _is_json_with_sizes(value: object) -> bool:
+    return _is_json(_SIZE_IN_JSON.sub("0", value) if isinstance(value, str) else value)
+
+
+def _mistakes(checker: "Validator", key: str, value: object) -> Iterator[tuple[Path, str]]:
+    schema: Any = checker.schema
+    head, *inner = key.split(".")
+    option = head.replace("_", "-")
+    if option not in schema["properties"]:
+        engine = f"{schema['x-engine']} {schema['x-version']}"
+        yield (), f"{engine} has no argument {shown(key)}{_hint(option, schema)}"
+    elif inner and isinstance(value, bool | list):
+        # As a bare flag it would swallow the next word; of several words it would take one.
+        yield (), f'"{key}" can\'t be {_kind(value)} after a dot: make "{head}" a mapping'
+    else:
+        for name in reversed(inner):
+            value = {name: value}
+        # One line for each place: anyOf may know several reasons.
+        errors = {tuple(e.path): e for e in checker.iter_errors({option: value})}
+        for error in errors.values():
+            yield _explained(error, key, schema)
+
+
+def _kind(value: object) -> str:
+    return "a list" if isinstance(value, list) else shown(value)
+
+
+def _explained(error: "ValidationError", key: str, schema: Any) -> tuple[Path, str]:
+    """Return where an error is below its argument, and one line that says what is expected."""
+    option = str(error.path[0])
+    rule = schema["properties"][option]
+    if "propertyNames" in error.schema_path:
+        wrong = str(error.instance)
+        hint = did_you_mean(wrong, error.validator_value)
+        return (wrong,), f'"{option}" has no key {shown(wrong)}{hint}'
+    value: Any = error.instance
+    given = f" (given: {shown(value)})" if isinstance(value, str | int | float) else ""
+    hint = did_you_mean(value, rule.get("enum", ())) if isinstance(value, str) else ""
+    return (), f'"{key}" must be {_expected(rule, schema)}{given}{hint}'
+
+
+def _expected(rule: Any, schema: Any) -> str:
+    """Return in plain words what a rule wants."""
+    if "$ref" in rule:
+        return str(schema["$defs"][rule["$ref"].rpartition("/")[2]]["title"])
+    if "title" in rule:
+        return _cut(rule["title"])
+    # The two words for "none at all" are taken and not advertised.
+    return _cut("one of " + ", ".join(str(item) for item in rule["enum"] if item not in ("", "None")))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LIST_MAX else text[:_LIST_MAX].rpartition(",")[0] + ", ..."
+
+
+def _hint(option: str, schema: Any) -> str:
+    """Return a suggestion for an unknown argument: a short option's long name, or one like it."""
+    known = schema["properties"]
+    begun = [name for name in known if name.startswith(option)]
+    if option in schema["x-short"]:
+        return f'; did you mean "{schema["x-short"][option]}"?'
+    return f'; did you mean "{begun[0]}"?' if len(begun) == 1 else did_you_mean(option, known)
+
+
+def did_you_mean(word: str, known: Any) -> str:
+    """Return a hint at the known word that is most like this one, or nothing."""
+    close = difflib.get_close_matches(word, [k for k in known if isinstance(k, str)], 1, 0.6)
+    return f'; did you mean "{close[0]}"?' if close else ""

@@ -1,0 +1,228 @@
+"""Actions are performed in order; what fails stops nothing else; nobody else's job is ended."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from reconciler.adapters.ports import ImagePin, Listing
+from reconciler.errors import (
+    FleetError,
+    GatewayFailed,
+    SlurmUnavailable,
+    SubmitRejected,
+    SubmitUnknown,
+)
+from reconciler.execute import execute
+from reconciler.observe import World
+from reconciler.plan import Action, Cancel, Drain, JobRef, Plan, Reason, Route, Submit
+from reconciler.planner import plan
+from reconciler.routes import GatewayFiles, render_gateway
+from reconciler.state import GatewayView, Job, Memory
+from tests.unit.build import DIGEST, fleet, job, model_record, observation, revision, target, view
+
+FLEET = fleet(
+    model_record(replicas=2),
+    model_record(name="other", replicas=1),
+    gateway={"hosts": [{"name": "a"}, {"name": "b"}]},
+)
+REV = revision(FLEET)
+PINS = {"engine": ImagePin(program="/opt/engine", digest=DIGEST)}
+
+
+@dataclass
+class FakeWorld:
+    """Slurm and gateways that write down what is done, and fail where they are told to."""
+
+    live: Sequence[Job] = ()
+    fail: Mapping[str, FleetError] = field(default_factory=dict)
+    done: list[str] = field(default_factory=list)
+
+    def _do(self, what: str) -> None:
+        if what in self.fail:
+            raise self.fail[what]
+        self.done.append(what)
+
+    def world(self) -> World:
+        unused: Any = None  # execute asks no replica and no image, and has no memory
+        return World(
+            slurm=self,
+            gateways=FakeGateways(self),
+            engines=unused,
+            images=unused,
+            store=unused,
+        )
+
+    def jobs(self, fleet: str) -> Listing:
+        self._do(f"list {fleet}")
+        return Listing(jobs=tuple(self.live), odd_lines=0)
+
+    def nodes(self) -> Mapping[str, str]:
+        return {}
+
+    def submit(self, script: str) -> int:
+        [name] = [
+            line.removeprefix("#SBATCH --job-name=")
+            for line in script.splitlines()
+            if line.startswith("#SBATCH --job-name=")
+        ]
+        self._do(f"submit {name}")
+        return 100 + len(self.done)
+
+    def drain(self, job: JobRef) -> None:
+        self._do(f"drain {job.id}")
+
+    def cancel(self, job: JobRef, *, pending: bool) -> None:
+        self._do(f"cancel {job.id}{' if pending' if pending else ''}")
+
+
+@dataclass
+class FakeGateways:
+    """The gateways of a FakeWorld."""
+
+    world: FakeWorld
+
+    def look(self) -> tuple[GatewayView, ...]:
+        return ()
+
+    def change(self, name: str, files: GatewayFiles) -> None:
+        self.world._do(f"change {name} {files.generation}")
+
+
+def made(*actions: Action) -> Plan:
+    """A plan of exactly these actions."""
+    return replace(plan(FLEET, observation(), Memory()), actions=actions)
+
+
+def perform(decided: Plan, fake: FakeWorld, say: Callable[[str], None] | None = None) -> list[str]:
+    return execute(decided, FLEET, fake.world(), PINS, commit=None, say=say or (lambda _: None))
+
+
+def ref(of: Job) -> JobRef:
+    return JobRef(id=of.id, submitted_at=of.submitted_at, name=of.name)
+
+
+def drain(of: Job) -> Drain:
+    return Drain(job=ref(of), reason=Reason.SURPLUS)
+
+
+def cancel(of: Job, *, pending: bool = False) -> Cancel:
+    return Cancel(job=ref(of), pending=pending, reason=Reason.SURPLUS)
+
+
+def to(*jobs: Job) -> Route:
+    targets = tuple(sorted(map(target, jobs)))
+    return Route(
+        gateways=("a", "b"),
+        generation=render_gateway(FLEET, targets).generation,
+        targets=targets,
+        added=(),
+        removed=(),
+    )
+
+
+ONE, TWO = job(REV, id=1), job(REV, id=2, ordinal=1)
+
+
+def test_actions_are_performed_in_order_and_told() -> None:
+    """Submit, route, drain, cancel: each is done once, and one line says so."""
+    [submit, *_] = plan(FLEET, observation(), Memory()).actions
+    decided = made(submit, to(ONE), drain(ONE), cancel(TWO, pending=True))
+    generation = to(ONE).generation
+    fake, said = FakeWorld(live=(ONE, TWO)), list[str]()
+    assert perform(decided, fake, said.append) == []
+    assert fake.done == [
+        *("list demo", f"submit demo.tiny.{REV}.0", f"change a {generation}"),
+        *(f"change b {generation}", "drain 1", "cancel 2 if pending"),
+    ]
+    assert len(said) == 5
+    assert said[0] == f"submitted demo.tiny.{REV}.0 as job 102"
+
+
+def test_R08_action_that_fails_stops_no_other() -> None:
+    """Each failure is one line that names its action; all others are done."""
+    submits = plan(FLEET, observation(), Memory()).actions
+    assert [action.kind for action in submits] == ["submit"] * 3
+    fails: dict[str, FleetError] = {
+        f"submit demo.tiny.{REV}.0": SubmitRejected("sbatch: no"),
+        f"submit demo.tiny.{REV}.1": SubmitUnknown("sbatch: timed out"),
+        f"change a {to(ONE).generation}": GatewayFailed("gateway a: broken"),
+        "drain 1": SlurmUnavailable("scancel: no answer"),
+    }
+    fake = FakeWorld(live=(ONE, TWO), fail=fails)
+    errors = perform(made(*submits, to(ONE), drain(ONE), cancel(TWO)), fake)
+    assert errors == [
+        f"submit demo.tiny.{REV}.0: sbatch: no",
+        f"submit demo.tiny.{REV}.1: sbatch: timed out",
+        "route to a, b: gateway a: broken",
+        f"drain demo.tiny.{REV}.0: scancel: no answer",
+    ]
+    assert fake.done == [
+        *("list demo", f"submit demo.other.{revision(FLEET, 'other')}.0"),
+        *(f"change b {to(ONE).generation}", "cancel 2"),
+    ]
+
+
+def test_R04_submission_of_unknown_outcome_is_not_repeated() -> None:
+    """Whether the job exists is seen in the next cycle; here it is tried once."""
+    [submit, *_] = plan(FLEET, observation(), Memory()).actions
+    tried = []
+
+    class Counting(FakeWorld):
+        def submit(self, script: str) -> int:
+            tried.append(script)
+            raise SubmitUnknown("sbatch: timed out")
+
+    assert len(perform(made(submit), Counting())) == 1
+    assert len(tried) == 1
+
+
+def test_R22_job_whose_submit_time_changed_is_not_ended() -> None:
+    """The id is another job's by now: it is left alone and the line says so."""
+    other = replace(ONE, submitted_at=ONE.submitted_at + 1)
+    fake = FakeWorld(live=(other, TWO))
+    errors = perform(made(drain(ONE), cancel(ONE), cancel(TWO)), fake)
+    message = "the job is not there any more; looking again in the next cycle"
+    assert errors == [f"drain {ONE.name}: {message}", f"cancel {ONE.name}: {message}"]
+    assert fake.done == ["list demo", "cancel 2"]
+
+
+def test_R27_job_of_another_name_is_not_ended() -> None:
+    """Id and submit time agree, the name does not: it is not ours."""
+    renamed = replace(ONE, name=replace(ONE.name, ordinal=9))
+    fake = FakeWorld(live=(renamed,))
+    assert len(perform(made(cancel(ONE)), fake)) == 1
+    assert fake.done == ["list demo"]
+
+
+def test_R01_nothing_is_ended_when_the_queue_can_not_be_read_again() -> None:
+    """What can't be verified is not ended; routes and submissions go on."""
+    fake = FakeWorld(live=(ONE,), fail={"list demo": SlurmUnavailable("squeue: no answer")})
+    [submit, *_] = plan(FLEET, observation(), Memory()).actions
+    errors = perform(made(submit, drain(ONE), cancel(ONE, pending=True)), fake)
+    assert len(errors) == 2
+    assert fake.done == [f"submit demo.tiny.{REV}.0"]
+
+
+def test_R28_queue_is_not_asked_again_when_nothing_ends() -> None:
+    """A plan without an end costs no further query."""
+    fake = FakeWorld()
+    perform(made(to()), fake)
+    assert [what.split()[0] for what in fake.done] == ["change", "change"]
+
+
+def test_model_that_left_the_spec_is_not_submitted() -> None:
+    """A plan of another spec's model is an error of that action."""
+    submit = Submit(name=replace(ONE.name, model="gone"), gpus=1, reason=Reason.MISSING)
+    assert perform(made(submit), FakeWorld()) == [
+        f"submit demo.gone.{REV}.0: its model is not in the spec"
+    ]
+
+
+def test_plan_of_a_converged_fleet_does_nothing() -> None:
+    """No action, no call."""
+    other = job(revision(FLEET, "other"), id=3, model="other")
+    jobs = ONE, TWO, other
+    gateways = [view(FLEET, *jobs, name=name) for name in ("a", "b")]
+    fake = FakeWorld()
+    assert perform(plan(FLEET, observation(*jobs, gateways=gateways), Memory()), fake) == []
+    assert fake.done == []

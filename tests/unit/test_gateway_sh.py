@@ -1,0 +1,186 @@
+"""gateway.sh with an NGINX that only pretends: what is tested, swapped, checked and put back.
+
+The programs on PATH stand for nginx, curl, pgrep and sleep; files beside them say what NGINX runs
+and how it behaves. The same steps on a real NGINX are in tests/e2e.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from reconciler.adapters.nginx import NginxGateways
+from reconciler.errors import GatewayFailed
+from reconciler.routes import GatewayFiles, render_gateway
+from tests.unit.build import fleet, job, revision, target
+
+FLEET = fleet()
+ONE, TWO = job(revision(FLEET), id=1), job(revision(FLEET), id=2, ordinal=1)
+
+PROGRAMS = {
+    # -t reads the staged files, -s reload makes the linked ones run.
+    "nginx": """
+echo "$*" >>"$HERE/nginx.log"
+case $* in
+  *-t*) [ ! -e "$HERE/refuses" ] || { echo 'nginx: [emerg] broken' >&2; exit 1; } ;;
+  *reload*) [ -e "$HERE/deaf" ] || sed -n 's/.*return 200 \\([0-9a-f]*\\);.*/\\1/p' \
+    "$HERE/gateway/current/fleet.conf" >"$HERE/runs" ;;
+esac
+""",
+    "curl": 'cat "$HERE/runs" 2>/dev/null',
+    "pgrep": 'cat "$HERE/old" 2>/dev/null || { echo 0; exit 1; }',
+    "sleep": ":",
+}
+
+
+class Gateway:
+    """A gateway's folder, its pretended NGINX and the adapter in front."""
+
+    def __init__(self, here: Path) -> None:
+        self.here = here
+        self.folder = here / "gateway"
+        record = {"directory": str(self.folder), "hosts": [{"name": "gateway"}]}
+        self.adapter = NginxGateways(fleet(gateway=record).gateway)
+
+    @property
+    def log(self) -> list[str]:
+        path = self.here / "nginx.log"
+        return path.read_text().splitlines() if path.exists() else []
+
+    @property
+    def linked(self) -> str:
+        return str((self.folder / "current").readlink())
+
+    def litter(self) -> list[str]:
+        return [path.name for path in self.folder.iterdir() if "part" in path.name]
+
+
+@pytest.fixture
+def gateway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gateway:
+    """A provisioned gateway whose NGINX runs without a generated configuration."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, body in PROGRAMS.items():
+        path = programs / name
+        path.write_text(f"#!/bin/sh\nHERE={tmp_path}\n{body}\n")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    (tmp_path / "gateway").mkdir()
+    (tmp_path / "gateway" / "base.conf").touch()
+    # Any process that lives stands for NGINX's master.
+    (tmp_path / "gateway" / "nginx.pid").write_text(f"{os.getpid()}\n")
+    return Gateway(tmp_path)
+
+
+def to(*jobs: object) -> GatewayFiles:
+    return render_gateway(FLEET, [target(one) for one in (ONE, TWO) if one in jobs])
+
+
+def test_gateway_without_a_configuration_runs_no_routes(gateway: Gateway) -> None:
+    """A fresh gateway is known to route nowhere."""
+    [view] = gateway.adapter.look()
+    assert (view.generation, view.targets, view.error) == (None, (), None)
+
+
+def test_change_is_tested_then_swapped_then_checked(gateway: Gateway) -> None:
+    """NGINX tests the staged files before anything is replaced, and then says what it runs."""
+    files = to(ONE)
+    gateway.adapter.change("gateway", files)
+    test, reload = gateway.log
+    assert test.startswith("-t -q -c ")
+    assert "/part." in test
+    assert reload == f"-s reload -c {gateway.folder}/current/nginx.conf"
+    assert gateway.linked == f"gen-{files.generation}"
+    assert gateway.litter() == []
+    [view] = gateway.adapter.look()
+    assert (view.generation, view.targets) == (files.generation, (target(ONE),))
+
+
+def test_R29_configuration_that_nginx_refuses_changes_nothing(gateway: Gateway) -> None:
+    """The old files stay, the old configuration serves, and the reason is one line."""
+    first = to(ONE)
+    gateway.adapter.change("gateway", first)
+    (gateway.here / "refuses").touch()
+    with pytest.raises(GatewayFailed) as caught:
+        gateway.adapter.change("gateway", to(ONE, TWO))
+    assert str(caught.value) == "gateway gateway: nginx: [emerg] broken"
+    assert gateway.linked == f"gen-{first.generation}"
+    assert gateway.litter() == []
+    assert [line.split()[0] for line in gateway.log] == ["-t", "-s", "-t"]
+    [view] = gateway.adapter.look()
+    assert (view.generation, view.targets) == (first.generation, (target(ONE),))
+
+
+def test_R29_reload_that_does_not_take_is_put_back(gateway: Gateway) -> None:
+    """What runs and what a restart would read stay the same, and the failure is told."""
+    first, second = to(ONE), to(TWO)
+    gateway.adapter.change("gateway", first)
+    (gateway.here / "deaf").touch()
+    with pytest.raises(GatewayFailed, match=f"it runs {first.generation} after the reload"):
+        gateway.adapter.change("gateway", second)
+    assert gateway.linked == f"gen-{first.generation}"
+    assert gateway.litter() == []
+
+
+def test_gateway_that_would_restart_differently_is_behind(gateway: Gateway) -> None:
+    """A crash between swap and reload is seen: its generation is unknown, its routes are not."""
+    first, second = to(ONE), to(TWO)
+    gateway.adapter.change("gateway", first)
+    gateway.adapter.change("gateway", second)
+    (gateway.folder / "current").unlink()
+    (gateway.folder / "current").symlink_to(f"gen-{first.generation}")
+    [view] = gateway.adapter.look()
+    assert (view.generation, view.targets) == (None, (target(TWO),))
+
+
+def test_old_workers_are_counted(gateway: Gateway) -> None:
+    """Workers that still finish requests hold a drain back."""
+    gateway.adapter.change("gateway", to(ONE))
+    (gateway.here / "old").write_text("3\n")
+    [view] = gateway.adapter.look()
+    assert view.old_workers == 3
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ("pid", "nginx is not running"),
+        ("silent", "nginx does not answer on 127.0.0.1:8091"),
+        ("targets", "its files can't be read"),
+        ("answer", "gateway gateway:"),
+    ],
+)
+def test_gateway_that_can_not_be_read_is_an_error_and_not_empty(
+    spoil: str, message: str, gateway: Gateway
+) -> None:
+    """Unknown is never absent: such a gateway may still route."""
+    files = to(ONE)
+    gateway.adapter.change("gateway", files)
+    if spoil == "pid":
+        (gateway.folder / "nginx.pid").write_text("\n")
+    if spoil == "silent":
+        (gateway.here / "runs").unlink()
+    if spoil == "targets":
+        (gateway.folder / f"gen-{files.generation}" / "targets.json").write_text("{")
+    if spoil == "answer":
+        (gateway.here / "runs").write_text("hello world\n")
+    [view] = gateway.adapter.look()
+    assert view.error is not None
+    assert message in view.error
+    assert view.targets == ()
+
+
+def test_last_generations_are_kept_and_no_more(gateway: Gateway) -> None:
+    """The folder does not grow: this generation, the one before, and a few to look at."""
+    for number in range(1, 13):
+        one = job(revision(FLEET), id=number)
+        gateway.adapter.change("gateway", render_gateway(FLEET, [target(one)]))
+    assert len(list(gateway.folder.glob("gen-*"))) == 7
+
+
+def test_same_generation_twice_is_no_failure(gateway: Gateway) -> None:
+    """A change repeated after a crash ends in the same place."""
+    for _ in range(2):
+        gateway.adapter.change("gateway", to(ONE))
+    assert gateway.litter() == []
+    assert gateway.linked == f"gen-{to(ONE).generation}"

@@ -1,0 +1,192 @@
+"""Memory follows from what was seen; losing it restarts timers and nothing else."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from reconciler.memory import (
+    BACKOFF_FIRST_S,
+    BACKOFF_MOST_S,
+    CONFIRM_S,
+    backoff_until,
+    learn,
+    remember,
+    unconfirmed,
+)
+from reconciler.planner import plan
+from reconciler.state import (
+    FAILURES,
+    PHASES,
+    DrainClock,
+    Failures,
+    Health,
+    Job,
+    Memory,
+    Observation,
+    Phase,
+)
+from tests.unit.build import AT, fleet, job, model_record, observation, revision, view
+
+FLEET = fleet()
+REV = revision(FLEET)
+NOTHING = Memory()
+ONE = job(REV)
+
+
+def failures(memory: Memory) -> dict[str, int]:
+    return {key: seen.count for key, seen in memory.failures.items()}
+
+
+def test_R10_misses_count_in_a_row_and_end_with_an_answer() -> None:
+    """Failed looks add up; one good answer forgets them."""
+    memory = NOTHING
+    for health, count in (
+        *((Health.SILENT, 1), (Health.SICK, 2), (Health.STARTING, 3), (Health.READY, 0)),
+        (Health.IMPOSTOR, 1),
+    ):
+        memory = learn(memory, observation(ONE, healths={1: health}))
+        assert memory.misses == {ONE.key: count}
+
+
+def test_R10_refused_connections_of_a_loading_engine_are_no_misses() -> None:
+    """However long it loads, the first odd answer afterwards is its first miss."""
+    loading = job(REV, ready_at=None)
+    memory = NOTHING
+    for _ in range(50):
+        memory = learn(memory, observation(loading, healths={1: Health.STARTING}))
+    memory = learn(memory, observation(loading, healths={1: Health.SICK}))
+    assert memory.misses == {loading.key: 1}
+
+
+def test_refused_connections_of_a_routed_engine_are_misses() -> None:
+    """A replica that answered before its job said so can die like any other."""
+    loading = job(REV, ready_at=None)
+    seen = observation(loading, healths={1: Health.STARTING}, gateways=[view(FLEET, loading)])
+    assert learn(NOTHING, seen).misses == {loading.key: 1}
+
+
+def test_misses_of_jobs_that_are_gone_are_forgotten() -> None:
+    """Memory holds nothing of a job that no longer has an address."""
+    memory = learn(Memory(misses={ONE.key: 3, (7, 7): 3}), observation(ONE))
+    assert memory.misses == {ONE.key: 0}
+
+
+def test_idle_time_begins_with_the_first_idle_look_and_ends_with_a_request() -> None:
+    """Only an unbroken time without requests counts; not knowing is not idle."""
+    memory = Memory(drains={ONE.key: DrainClock(since=AT)})
+    for second, ongoing, idle_since in (
+        *((1, 0, AT + 1), (2, 0, AT + 1), (3, 1, None), (4, 0, AT + 4), (5, None, None)),
+    ):
+        memory = learn(memory, observation(ONE, ongoing=ongoing, at=AT + second))
+        assert memory.drains == {ONE.key: DrainClock(since=AT, idle_since=idle_since)}
+
+
+def test_drain_clock_is_forgotten_when_the_replica_stays() -> None:
+    """A change of mind ends the drain; the next one starts anew."""
+    memory = Memory(drains={ONE.key: DrainClock(since=AT)})
+    wanted = fleet(model_record(replicas=1))
+    decided = plan(wanted, observation(ONE, gateways=[view(wanted, ONE)]), memory)
+    assert remember(memory, decided).drains == {}
+
+
+@pytest.mark.parametrize("state", sorted(PHASES))
+def test_failure_is_counted_once_and_only_for_ends_of_the_revision(state: str) -> None:
+    """A crash or lack of memory is the revision's; a node, preemption or cancel is not."""
+    ended = job(REV, state=state)
+    memory = learn(learn(NOTHING, observation(ended)), observation(ended, at=AT + 1))
+    counted = state in {"FAILED", "OUT_OF_MEMORY"}
+    assert failures(memory) == ({f"tiny.{REV}": 1} if counted else {})
+
+
+def test_failure_states_are_ends() -> None:
+    """What counts as a failure has ended."""
+    assert {PHASES[state] for state in FAILURES} == {Phase.ENDED}
+
+
+def test_R25_failures_of_a_revision_add_up_until_one_is_ready() -> None:
+    """Each failed job counts; a replica that becomes ready clears its revision."""
+    memory = NOTHING
+    for number in range(1, 4):
+        memory = learn(memory, observation(job(REV, id=number, state="FAILED"), at=AT + number))
+        assert failures(memory) == {f"tiny.{REV}": number}
+    assert memory.failures[f"tiny.{REV}"].last_at == AT + 3
+    memory = learn(memory, observation(job(REV, id=3, state="FAILED"), job(REV, id=4)))
+    assert failures(memory) == {f"tiny.{REV}": 0}
+    again = learn(memory, observation(job(REV, id=3, state="FAILED"), job(REV, id=4)))
+    assert failures(again) == {f"tiny.{REV}": 0}
+
+
+@pytest.mark.parametrize("known_by", ["memory", "comment"])
+def test_end_of_a_drained_job_is_no_failure(known_by: str) -> None:
+    """An engine that was told to end may report its TERM as an error."""
+    ended = job(REV, state="FAILED", draining=known_by == "comment")
+    clocks = {ended.key: DrainClock(since=AT)} if known_by == "memory" else {}
+    assert failures(learn(Memory(drains=clocks), observation(ended))) == {}
+
+
+def test_backoff_doubles_up_to_its_limit() -> None:
+    """The first failure costs seconds, the tenth minutes, and no count overflows."""
+    waits = [
+        backoff_until(Failures(count=count, last_at=AT, counted=frozenset())) - AT
+        for count in (1, 2, 3, 100, 10**9)
+    ]
+    first = BACKOFF_FIRST_S
+    assert waits == [first, 2 * first, 4 * first, BACKOFF_MOST_S, BACKOFF_MOST_S]
+    assert backoff_until(None) == 0.0
+    assert backoff_until(Failures(count=0, last_at=AT, counted=frozenset())) == 0.0
+
+
+def empty(at: float, *routed: Job) -> Observation:
+    return observation(at=at, gateways=[view(FLEET, *routed)])
+
+
+def test_R02_suspicion_needs_a_job_that_was_known() -> None:
+    """Routed, probed or draining: a job known a moment ago makes an empty queue suspicious."""
+    known: list[tuple[Memory, tuple[Job, ...]]] = [
+        (NOTHING, (ONE,)),
+        (Memory(misses={ONE.key: 0}), ()),
+        (Memory(drains={ONE.key: DrainClock(since=AT)}), ()),
+    ]
+    for memory, routed in known:
+        assert learn(memory, empty(AT, *routed)).emptied_at == AT
+    assert learn(NOTHING, empty(AT)).emptied_at is None
+
+
+def test_R02_suspicious_listing_teaches_nothing_until_it_is_confirmed() -> None:
+    """What is known of the jobs is kept, so that the suspicion lasts; then it is believed."""
+    start = Memory(misses={ONE.key: 3}, drains={ONE.key: DrainClock(since=AT)})
+    memory = learn(start, empty(AT))
+    assert memory == replace(start, emptied_at=AT)
+    assert learn(memory, empty(AT + CONFIRM_S - 0.1)) == memory
+    believed = learn(memory, empty(AT + CONFIRM_S))
+    assert believed.misses == {}
+    assert not unconfirmed(believed, AT + CONFIRM_S)
+
+
+def test_R02_ended_jobs_in_the_list_are_no_reason_for_suspicion() -> None:
+    """A queue that names the jobs, ended, has not forgotten them."""
+    seen = observation(replace(ONE, state="COMPLETED"), gateways=[view(FLEET, ONE)])
+    assert learn(NOTHING, seen).emptied_at is None
+
+
+def test_R31_clock_that_is_set_back_stops_no_timer() -> None:
+    """A time in the future is now: each timer starts again, none waits for the old time."""
+    memory = Memory(
+        misses={ONE.key: 0},
+        drains={ONE.key: DrainClock(since=AT, idle_since=AT)},
+        failures={"m.r": Failures(count=1, last_at=AT, counted=frozenset())},
+        emptied_at=AT,
+    )
+    back = AT - 100_000
+    learnt = learn(memory, empty(back))
+    assert learnt.emptied_at == back
+    assert learnt.drains == {ONE.key: DrainClock(since=back, idle_since=back)}
+    assert learnt.failures["m.r"].last_at == back
+
+
+@pytest.mark.parametrize("changes", [{"jobs": None}, {"jobs": None, "gateways": ()}])
+def test_R01_without_a_listing_nothing_is_learnt(changes: dict[str, Any]) -> None:
+    """A look that failed leaves the memory as it was."""
+    memory = Memory(misses={ONE.key: 3}, emptied_at=1.0)
+    assert learn(memory, replace(observation(), **changes)) is memory

@@ -1,0 +1,165 @@
+"""The generated NGINX files: a golden file, a stable order, and names that stay data."""
+
+import json
+import re
+from dataclasses import replace
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reconciler.routes import GENERATION_MARK, parse_targets, render_gateway
+from reconciler.spec import Fleet
+from reconciler.state import Target
+from tests.unit.build import fleet, model_record
+
+GOLDEN = Path(__file__).parent / "golden"
+
+NAMES = [
+    *("org/Tiny-8B", 'a"b', "a'b", "a\\b", "\\", "$uri", "${x}", "`id`", "</script>", "a;b", "}"),
+    *("*/", "//", "é", "日本語", "🙂", "__proto__", "constructor", "hasOwnProperty", "a b"),
+    *(GENERATION_MARK, "@LISTEN@", "%s", "{0}", "\\u0000", "\\n", "null"),
+]
+
+
+def targets() -> list[Target]:
+    return [
+        Target(model="tiny", job_id=9, submitted_at=1, address="10.0.0.9:20001"),
+        Target(model="tiny", job_id=10, submitted_at=2, address="10.0.0.1:20000"),
+        Target(model="big", job_id=11, submitted_at=3, address="10.0.0.1:20002"),
+    ]
+
+
+def three(**keys: Any) -> Fleet:
+    """A fleet of a ready, a starting and a stopped model."""
+    return fleet(
+        model_record(served_names=["org/Tiny"]),
+        model_record(name="big", replicas=1),
+        model_record(name="starting", replicas=1),
+        model_record(name="stopped", replicas=0),
+        gateway={"listen": 8080, "server_name": "llm.example.org", "hosts": [{"name": "gateway"}]},
+        **keys,
+    )
+
+
+def constants(text: str) -> dict[str, Any]:
+    """The values of the njs module's constants, as JavaScript reads them."""
+    found = re.findall(r"^const (\w+) = (?:JSON\.parse\()?(\".*\")\)?;$", text, re.MULTILINE)
+    return {name: json.loads(json.loads(literal)) for name, literal in found}
+
+
+@pytest.mark.parametrize("name", ["fleet.conf", "fleet.js", "targets.json"])
+def test_file_of_a_gateway_is_as_reviewed(name: str) -> None:
+    """Every generated line was read by a person; a change shows in the golden file's diff."""
+    files = render_gateway(three(), targets())
+    golden = (GOLDEN / name).read_text(encoding="utf-8")
+    assert files.files[name].replace(files.generation, "GENERATION") == golden
+
+
+def test_files_are_stable_in_any_order_of_targets() -> None:
+    """The same replicas are the same text: no reload without a real difference."""
+    made = {json.dumps(render_gateway(three(), order).files) for order in permutations(targets())}
+    assert len(made) == 1
+    doubled = render_gateway(three(), [*targets(), *targets()])
+    assert doubled == render_gateway(three(), targets())
+
+
+def test_generation_changes_with_the_content_only() -> None:
+    """What a gateway runs is named by its content: budget or timeouts are not in it."""
+    base = render_gateway(three(), targets()).generation
+    same = [
+        render_gateway(three(budget={"gpus": 99}), targets()),
+        render_gateway(three(defaults={"drain_timeout_s": 9}), targets()),
+    ]
+    assert {made.generation for made in same} == {base}
+    moved = [replace(targets()[0], address="10.0.0.9:20002"), *targets()[1:]]
+    resubmitted = [replace(targets()[0], submitted_at=99), *targets()[1:]]
+    other = [
+        render_gateway(three(), targets()[:2]),
+        render_gateway(three(), moved),
+        render_gateway(three(), resubmitted),
+        render_gateway(fleet(*[model_record()]), targets()),
+    ]
+    assert len({base, *(made.generation for made in other)}) == 5
+    assert re.fullmatch(r"[0-9a-f]{12}", base)
+
+
+def test_generation_is_answered_and_no_mark_is_left() -> None:
+    """The running configuration says which one it is; the files are complete."""
+    files = render_gateway(three(), targets())
+    assert f"return 200 {files.generation};" in files.files["fleet.conf"]
+    assert parse_targets(files.files["targets.json"]) == (
+        files.generation,
+        tuple(sorted(targets())),
+    )
+    assert not [text for text in files.files.values() if re.search(r"@[A-Z_]+@", text)]
+
+
+def test_R37_served_names_reach_njs_as_data() -> None:
+    """Quotes, dollars, backslashes, unicode: each name is a JSON key, and no part of it is code."""
+    wanted = fleet(model_record(served_names=NAMES))
+    files = render_gateway(wanted, targets()).files
+    found = constants(files["fleet.js"])
+    assert found["UPSTREAMS"] == dict.fromkeys(["tiny", *NAMES], "model.tiny")
+    assert [item["id"] for item in found["MODELS"]["data"]] == ["tiny", *NAMES]
+    assert files["fleet.js"].isascii()
+    plain = render_gateway(fleet(), targets()).files
+    generation = r"return 200 [0-9a-f]{12};"
+    assert re.sub(generation, "", files["fleet.conf"]) == re.sub(
+        generation, "", plain["fleet.conf"]
+    )
+    code = [text.split("\n", 2)[2] for text in (files["fleet.js"], plain["fleet.js"])]
+    assert code[0] == code[1]
+
+
+def test_model_without_a_replica_has_no_upstream() -> None:
+    """An upstream without servers would not load; its names answer 503 and are listed."""
+    files = render_gateway(three(), targets()).files
+    assert re.findall(r"^upstream (\S+)", files["fleet.conf"], re.MULTILINE) == [
+        "model.tiny",
+        "model.big",
+    ]
+    upstreams = constants(files["fleet.js"])["UPSTREAMS"]
+    assert upstreams["org/Tiny"] == "model.tiny"
+    assert upstreams["starting"] is None
+    states = {item["id"]: item["state"] for item in constants(files["fleet.js"])["MODELS"]["data"]}
+    assert (states["tiny"], states["starting"], states["stopped"]) == (
+        *("ready", "starting", "stopped"),
+    )
+
+
+def test_target_of_a_model_that_is_not_in_the_spec_gets_no_request() -> None:
+    """Only models of the spec have upstreams."""
+    stray = Target(model="gone", job_id=1, submitted_at=1, address="10.0.0.1:1")
+    assert "10.0.0.1:1" not in render_gateway(fleet(), [stray]).files["fleet.conf"]
+
+
+ENTRY = {"model": "tiny", "job_id": 9, "submitted_at": 1, "address": "10.0.0.9:20001"}
+
+
+CHANGES: list[dict[str, Any]] = [
+    *({"address": "evil.example.org:80"}, {"address": "10.0.0.1:80; } server {"}, {"address": []}),
+    *({"address": None}, {"job_id": "x"}, {"job_id": None}, {"submitted_at": []}, {"more": 1}),
+    *({"model": "a b"}, {"model": ["x"]}),
+]
+BROKEN = [
+    *("", "{", "[]", "null", "{}", '{"generation": "x"}', "[" * 100_000),
+    *(f'{{"generation": "x", "targets": {text}}}' for text in ("1", "[1]", "[{}]")),
+    *(json.dumps({"generation": "x", "targets": [{**ENTRY, **changed}]}) for changed in CHANGES),
+]
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_R37_targets_file_that_was_changed_is_refused(text: str) -> None:
+    """What comes back from a gateway's disk may be routed again: it is checked like a comment."""
+    with pytest.raises(ValueError):  # noqa: PT011 - of any kind: the adapter's answer is the same
+        parse_targets(text)
+
+
+def test_tries_of_a_request_are_bounded() -> None:
+    """A request tries more than one replica and never all of a hundred."""
+    many = [replace(targets()[0], job_id=n, address=f"10.0.1.{n}:1") for n in range(1, 100)]
+    for made, tries in ((targets()[:1], 2), (targets(), 2), (many[:3], 3), (many, 5)):
+        text = render_gateway(fleet(), made).files["fleet.conf"]
+        assert f"proxy_next_upstream_tries {tries};" in text

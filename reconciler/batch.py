@@ -36,6 +36,9 @@ def batch_script(
             "",
             # Without its closing brace: the job adds what it says of itself.
             f"comment_base={shlex.quote(comment.removesuffix('}'))}",
+            f"program={shlex.quote(program)}",
+            f"weights={shlex.quote(model.weights)}",
+            f"drain_timeout_s={fleet.drain_timeout_s(model)}",
             _array("names", [*model.names]),
             _array("launch", _launch(image, model, program)),
             _array("arguments", _arguments(fleet, model)),

@@ -78,8 +78,10 @@ def parse_comment(text: str) -> Comment | None:
     """Return what a comment says, or None if it is not one of ours (its owner may overwrite it)."""
     try:
         record = json.loads(text)
-        commit = record["commit"]
-        if record["v"] != COMMENT_VERSION or not isinstance(commit, str | None):
+        if record["v"] != COMMENT_VERSION:
+            return None
+        commit = record.get("commit")
+        if not isinstance(commit, str | None):
             return None
         return Comment(
             gpus=_count(record["gpus"]),

@@ -1,5 +1,6 @@
 # One replica: start the engine, say where it is, drain when told, end as the engine ends.
-# The lines above set: comment_base model names launch arguments environment contained
+# The lines above set: comment_base names program weights launch arguments environment contained
+# drain_timeout_s
 # shellcheck shell=bash disable=SC2154,SC2317
 set -u
 
@@ -7,8 +8,11 @@ set -u
 readonly first_port=20000 last_port=29999
 # How often a lost port is replaced by another before giving up.
 readonly port_tries=5
+# What the planner tells apart from the engine's own failures (reconciler/state.py, sysexits.h).
+readonly exit_no_weights=66 exit_no_program=69 exit_node=71
 
 trap_ready=false ready=null draining=false address='' engine='' publisher=''
+clock='' overdue=false scratch=''
 
 say() { printf '%(%F %T)T fleet: %s\n' -1 "$*"; }
 
@@ -32,12 +36,17 @@ comment() {
 publish() {
   local text
   text=$(comment)
-  [[ -z $publisher ]] || { kill "$publisher" && wait "$publisher"; } 2>/dev/null
+  stop_publishing
   (
     trap - USR1 TERM EXIT
     until timeout 10 scontrol update jobid="$SLURM_JOB_ID" comment="$text" >/dev/null 2>&1; do sleep 2; done
   ) &
   publisher=$!
+}
+
+stop_publishing() {
+  [[ -z $publisher ]] || { kill "$publisher" && wait "$publisher"; } 2>/dev/null
+  publisher=''
 }
 
 # True if something on this node listens on the port (any address, IPv4 or IPv6).
@@ -67,7 +76,7 @@ choose_port() {
 }
 
 start_engine() {
-  choose_port || exit 1
+  choose_port || exit "$exit_node"
   address="$node:$port"
   say "engine starts on $address"
   "${launch[@]}" "${arguments[@]}" --host "$node" --port "$port" \
@@ -86,23 +95,40 @@ drain() {
   $draining && return
   draining=true
   say "draining"
+  stop_publishing
   timeout 10 scontrol update jobid="$SLURM_JOB_ID" comment="$(comment)" >/dev/null 2>&1 || publish
   [[ -n $engine ]] || exit 0
   kill -TERM "$engine" 2>/dev/null
+  # vLLM has been seen to stay long after its own shutdown timeout, for a client that never left.
+  {
+    trap - USR1 TERM EXIT
+    sleep "$drain_timeout_s"
+    kill -USR2 $$
+  } &
+  clock=$!
 }
 
 # TERM comes to every process of the job at once (scancel, walltime): only wait for the engine.
 trap 'say "told to end"; draining=true' TERM
 trap drain USR1
-trap '[[ -z $publisher ]] || kill "$publisher" 2>/dev/null; rm -rf "$scratch"' EXIT
+trap 'say "drain timeout"; overdue=true' USR2
+trap 'stop_publishing; [[ -z $clock ]] || kill "$clock" 2>/dev/null; rm -rf "$scratch"' EXIT
 trap_ready=true
 
-scratch=$(mktemp -d "${TMPDIR:-/tmp}/fleet-$SLURM_JOB_ID.XXXXXX") || exit 1
+scratch=$(mktemp -d "${TMPDIR:-/tmp}/fleet-$SLURM_JOB_ID.XXXXXX") || exit "$exit_node"
 launch=("${launch[@]/#@SCRATCH@/$scratch}")
 node=$(node_address)
 if [[ -z $node ]]; then
   say "this node has no address that others could reach"
-  exit 1
+  exit "$exit_node"
+fi
+if ! [[ -e $program ]]; then
+  say "$program is not on this node: provision the image"
+  exit "$exit_no_program"
+fi
+if ! [[ -e $weights ]]; then
+  say "$weights is not on this node: provision the weights"
+  exit "$exit_no_weights"
 fi
 
 # The container starts from an empty environment; what the engine may see goes in by name, never
@@ -110,7 +136,8 @@ fi
 prefix=''
 if $contained; then
   prefix=APPTAINERENV_
-  export APPTAINERENV_CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-}" APPTAINERENV_USER="$USER"
+  APPTAINERENV_USER=$(id -un)
+  export APPTAINERENV_USER APPTAINERENV_CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-}"
   export APPTAINERENV_HOME=/tmp APPTAINERENV_XDG_CACHE_HOME=/tmp/cache
   export APPTAINERENV_TRITON_CACHE_DIR=/tmp/triton APPTAINERENV_TORCHINDUCTOR_CACHE_DIR=/tmp/inductor
 fi
@@ -119,7 +146,8 @@ for variable in "${environment[@]}"; do export "$prefix$variable"; done
 tried=0
 start_engine
 while true; do
-  while kill -0 "$engine" 2>/dev/null; do
+  # Past the drain timeout the script ends, and Slurm ends whatever of the job is left.
+  while ! $overdue && kill -0 "$engine" 2>/dev/null; do
     if [[ $ready == null ]]; then
       if ! $draining && answers; then
         printf -v ready '%(%s)T' -1
@@ -133,6 +161,7 @@ while true; do
       wait "$engine"
     fi
   done
+  $overdue && exit 1
   wait "$engine"
   status=$?
   # Someone else took the port between the choice and the bind: choose another.

@@ -5,10 +5,11 @@ Differences from PyYAML's own loader, each because a fleet spec must mean what i
 line and column is kept so that a mistake can be pointed at. Tags have no meaning and are refused.
 """
 
+import difflib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -166,6 +167,12 @@ def shown(value: object) -> str:
     """Return a value of a spec as one short line of ASCII: messages go to terminals and logs."""
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return a hint at the known word that is most like this one, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f'; did you mean "{close[0]}"?' if close else ""
 
 
 def _position(part: yaml.Node | yaml.Event) -> tuple[int, int]:

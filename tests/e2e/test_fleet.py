@@ -14,6 +14,7 @@ from tests.lab.fleet import Fleet, gateway_log
 from tests.lab.load import Load, in_flight
 from tests.lab.wait import wait_for
 
+STANDIN = "/opt/modelfleet/src/tests/lab/standin.py"
 LIVE = ("PENDING", "RUNNING", "COMPLETING")
 
 
@@ -278,7 +279,7 @@ def test_a_port_lost_to_a_thief_is_replaced_by_another(fleet: Fleet) -> None:
     thief = fleet.lab.shared / "thief.sh"
     thief.write_text(_THIEF)
     thief.chmod(0o755)
-    fleet.edit("/opt/modelfleet/src/tests/lab/standin.py", "/shared/thief.sh")
+    fleet.edit(STANDIN, "/shared/thief.sh")
     fleet.edit("replicas: 2", "replicas: 1")
     _applied(fleet)
     (replica,) = fleet.replicas()
@@ -300,6 +301,31 @@ s = socket.socket(); s.bind(('', $port)); s.listen(); print('taken', flush=True)
 fi
 exec /opt/modelfleet/src/tests/lab/standin.py "$@"
 """
+
+
+def test_a_drain_past_its_timeout_ends_the_job_from_inside(fleet: Fleet) -> None:
+    """An engine that ignores TERM does not hold its GPUs for ever, even with no reconciler."""
+    deaf = fleet.lab.shared / "deaf.sh"
+    deaf.write_text(f"#!/bin/bash\ntrap '' TERM\n{STANDIN} \"$@\" &\nwait\nsleep 600\n")
+    deaf.chmod(0o755)
+    fleet.edit(STANDIN, "/shared/deaf.sh")
+    fleet.edit("replicas: 2", "replicas: 1")
+    fleet.edit("drain_timeout_s: 60", "drain_timeout_s: 2")
+    _applied(fleet)
+    (replica,) = fleet.replicas()
+    fleet.lab.run("login", ["scancel", "--batch", "--signal=USR1", str(replica["job_id"])])
+    wait_for("the job to end by itself", lambda: not _live_jobs(fleet))
+
+
+def test_missing_weights_end_the_job_with_their_own_status(fleet: Fleet) -> None:
+    """What the node lacks is told apart from what the engine dislikes, and said in the log."""
+    fleet.edit("weights: /shared/models", "weights: /shared/no-such-model")
+    fleet.run("apply")
+    wait_for("both jobs to fail", lambda: [j[2] for j in fleet.jobs()] == ["FAILED"] * 2)
+    shown = fleet.lab.run("login", ["scontrol", "show", "job", "1"]).stdout
+    assert "ExitCode=66:0" in shown
+    logs = [log.read_text() for log in (fleet.lab.shared / "logs").iterdir()]
+    assert all("/shared/no-such-model is not on this node: provision" in log for log in logs)
 
 
 def test_R25_a_job_that_crashes_fast_backs_off_visibly(fleet: Fleet) -> None:

@@ -94,6 +94,9 @@ GOLDEN = """\
 
 comment_base='{"v":1,"fleet":"demo","model":"tiny","revision":"0123abcd",\
 "commit":"0123456789ab","gpus":1'
+program=/images/vllm.sif
+weights=/models/tiny
+drain_timeout_s=60
 names=(tiny org/Tiny)
 launch=(apptainer exec --nv --cleanenv --containall --no-mount home \
 --bind /models/tiny:/models:ro --workdir @SCRATCH@ /images/vllm.sif vllm)

@@ -91,7 +91,7 @@ def test_comment_of_a_running_job_is_read() -> None:
     "text",
     [
         *("", "null", "[]", "1", '"v"', "{}", "(null)", "hello", "{", "\0", "[" * 100_000),
-        *('{"v":2,"gpus":1,"commit":null}', '{"v":1,"commit":null}', '{"v":1,"gpus":1}'),
+        *('{"v":2,"gpus":1,"commit":null}', '{"v":1,"commit":null}', '["v"]'),
         *('{"v":1,"gpus":-1,"commit":null}', '{"v":1,"gpus":true,"commit":null}'),
         *('{"v":1,"gpus":"1","commit":null}', '{"v":1,"gpus":1.0,"commit":null}'),
         *('{"v":1,"gpus":1,"commit":{}}', '{"v":1,"gpus":1,"commit":null,"run":null}'),

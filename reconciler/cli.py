@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -32,6 +33,8 @@ _EXIT_UNOBSERVED = 4
 # One line at least this often while waiting, so that nobody wonders.
 _HEARTBEAT_S = 10.0
 
+_INTERVAL = click.FloatRange(0.1, 3600)
+_INTERVAL_HELP = "Seconds between cycles."
 _spec = click.argument("spec", type=click.Path(path_type=Path), envvar="FLEET_SPEC")
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 _state_dir = click.option(
@@ -73,21 +76,22 @@ def main() -> None:
 @_as_json
 def validate(spec: Path, as_json: bool) -> None:
     """Check a spec; every mistake gets one line with its position."""
-    from reconciler.spec import load_fleet
+    from reconciler.spec import read_fleet
 
     try:
-        fleet = load_fleet(spec)
+        fleet, warnings = read_fleet(spec)
     except SpecError as error:
         if not as_json:
             raise
-        keys = ("file", "line", "column", "message")
-        problems = [{key: getattr(item, key) for key in keys} for item in error.problems]
-        click.echo(json.dumps({"problems": problems}, indent=2))
+        click.echo(json.dumps({"problems": [*map(asdict, error.problems)]}, indent=2))
         sys.exit(1)
     replicas = sum(model.replicas for model in fleet.models)
     if as_json:
-        click.echo(json.dumps({"problems": []}))
+        click.echo(json.dumps({"problems": [], "warnings": [*map(asdict, warnings)]}))
     else:
+        for item in warnings:
+            place = f"{item.file}:{item.line}:{item.column}"
+            click.echo(f"{place}: warning: {item.message}", err=True)
         click.echo(f"{spec}: fleet {fleet.fleet}, {len(fleet.models)} models, {replicas} replicas")
 
 
@@ -130,7 +134,7 @@ def status(spec: Path, as_json: bool, state_dir: Path | None) -> None:
 @_state_dir
 @click.option("--wait", is_flag=True, help="Go on until the fleet is as the spec says.")
 @click.option("--timeout", default="30m", show_default=True, help="Of --wait: 90s, 30m, 2h.")
-@click.option("--interval", default=2.0, show_default=True, help="Seconds between cycles.")
+@click.option("--interval", type=_INTERVAL, default=2.0, show_default=True, help=_INTERVAL_HELP)
 def apply(
     spec: Path, as_json: bool, state_dir: Path | None, wait: bool, timeout: str, interval: float
 ) -> None:
@@ -160,10 +164,11 @@ def apply(
 @main.command()
 @_spec
 @_state_dir
-@click.option("--interval", default=10.0, show_default=True, help="Seconds between cycles.")
+@click.option("--interval", type=_INTERVAL, default=10.0, show_default=True, help=_INTERVAL_HELP)
 def run(spec: Path, state_dir: Path | None, interval: float) -> None:
     """Repeat the cycle until told to end (TERM or Ctrl-C); the spec is read anew each time."""
-    _, world = _load(spec, state_dir)
+    fleet, world = _load(spec, state_dir)
+    ours = fleet.fleet
     from reconciler.cycle import cycle
 
     stop = threading.Event()
@@ -175,6 +180,9 @@ def run(spec: Path, state_dir: Path | None, interval: float) -> None:
             pause_s = interval
             try:
                 fleet, world = _load(spec, state_dir)
+                if fleet.fleet != ours:
+                    # Its jobs would be nobody's, and the lock is for the old name.
+                    raise FleetError(f"the spec now names the fleet {fleet.fleet}, not {ours}")
                 outcome = cycle(
                     fleet, world, at=time.time(), commit=_commit(spec), say=progress.say
                 )
@@ -302,7 +310,7 @@ def _pause_s(outcome: "Outcome", interval: float) -> float:
 
 def _seconds(text: str) -> float:
     units = {"s": 1, "m": 60, "h": 3600}
-    if text[-1:] not in units or not text[:-1].isdecimal():
+    if text[-1:] not in units or not re.fullmatch(r"[0-9]{1,6}", text[:-1]):
         raise click.BadParameter("write a number with its unit: 90s, 30m or 2h")
     return float(int(text[:-1]) * units[text[-1]])
 

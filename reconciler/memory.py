@@ -13,6 +13,7 @@ from reconciler.state import (
     JobKey,
     Memory,
     Observation,
+    Phase,
 )
 
 # The first failure costs seconds (it may be chance), the tenth ten minutes.
@@ -87,7 +88,11 @@ def _misses(memory: Memory, observation: Observation) -> Mapping[JobKey, int]:
         for job in observation.jobs or ()
         if job.run is not None and job.run.ready_at is None and job.key not in routed
     }
-    return {
+    # Those not asked are known all the same: they must not vanish unnoticed either.
+    known = {
+        job.key: 0 for job in observation.jobs or () if job.phase in (Phase.PENDING, Phase.RUNNING)
+    }
+    return known | {
         key: 0
         if probe.health is Health.READY or (probe.health is Health.STARTING and key in loading)
         else memory.misses.get(key, 0) + 1

@@ -1,12 +1,12 @@
 """One look at the world: each adapter is asked once; what can't be read is recorded as unknown."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from reconciler.adapters.ports import Engines, Gateways, ImagePin, Images, Slurm, Store
 from reconciler.errors import SlurmUnavailable
 from reconciler.spec import Fleet
-from reconciler.state import Job, JobKey, Observation, Probe
+from reconciler.state import GatewayView, Job, JobKey, Observation, Probe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +32,7 @@ def observe(fleet: Fleet, world: World, at: float) -> tuple[Observation, Mapping
         jobs, odd_lines = listing.jobs, listing.odd_lines
     except SlurmUnavailable as error:
         jobs_error = str(error)
-    proven = [target.key for view in gateways for target in view.targets]
-    probes: Mapping[JobKey, Probe] = world.engines.probe(jobs or (), proven)
+    probes: Mapping[JobKey, Probe] = world.engines.probe(jobs or (), _proven(jobs, gateways))
     return Observation(
         at=at,
         jobs=jobs,
@@ -45,6 +44,14 @@ def observe(fleet: Fleet, world: World, at: float) -> tuple[Observation, Mapping
         image_digests={name: pin.digest for name, pin in pins.items()},
         image_errors=image_errors,
     ), pins
+
+
+def _proven(jobs: Iterable[Job] | None, gateways: Iterable[GatewayView]) -> Iterator[JobKey]:
+    """Yield who is routed to where it is now; a requeued job has everything to prove again."""
+    routed = {(target.key, target.address) for view in gateways for target in view.targets}
+    for job in jobs or ():
+        if job.run is not None and (job.key, job.run.address) in routed:
+            yield job.key
 
 
 def _nodes(world: World) -> Mapping[str, str] | None:

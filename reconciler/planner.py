@@ -188,7 +188,9 @@ class _Seen:
             return Status.READY
         if probe.health is Health.IMPOSTOR:
             return Status.IMPOSTOR
-        was_ready = job.key in self.routed
+        # At another address, as after a requeue, it has everything to prove again.
+        routed = self.routed.get(job.key)
+        was_ready = routed is not None and routed.address == job.run.address
         if was_ready and (self.misses(job) < MISSES_TO_DEROUTE or self.observer_suspect):
             return Status.READY
         if probe.health is Health.SILENT:

@@ -75,12 +75,34 @@ choose_port() {
   return 1
 }
 
+# The engine's environment, set only in the subshell that becomes the engine: a name from the spec
+# must not change this script's variables. A container starts from an empty one, and what it may see
+# goes in by name, never as an argument, which every user of the node could read.
+set_environment() {
+  local variable prefix=''
+  if $contained; then
+    prefix=APPTAINERENV_
+    APPTAINERENV_USER=$(id -un)
+    export APPTAINERENV_USER APPTAINERENV_CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-}"
+    export APPTAINERENV_HOME=/tmp APPTAINERENV_XDG_CACHE_HOME=/tmp/cache
+    export APPTAINERENV_TRITON_CACHE_DIR=/tmp/triton APPTAINERENV_TORCHINDUCTOR_CACHE_DIR=/tmp/inductor
+  fi
+  for variable in "${environment[@]}"; do export "$prefix$variable"; done
+}
+
 start_engine() {
   choose_port || exit "$exit_node"
   address="$node:$port"
   say "engine starts on $address"
-  "${launch[@]}" "${arguments[@]}" --host "$node" --port "$port" \
-    --served-model-name "${names[@]}" "${names[0]}@$SLURM_JOB_ID" &
+  local command=(
+    "${launch[@]}" "${arguments[@]}" --host "$node" --port "$port"
+    --served-model-name "${names[@]}" "${names[0]}@$SLURM_JOB_ID"
+  )
+  (
+    trap - USR1 USR2 TERM EXIT
+    set_environment
+    exec "${command[@]}"
+  ) &
   engine=$!
   publish
 }
@@ -130,18 +152,6 @@ if ! [[ -e $weights ]]; then
   say "$weights is not on this node: provision the weights"
   exit "$exit_no_weights"
 fi
-
-# The container starts from an empty environment; what the engine may see goes in by name, never
-# as an argument, which every user of the node could read.
-prefix=''
-if $contained; then
-  prefix=APPTAINERENV_
-  APPTAINERENV_USER=$(id -un)
-  export APPTAINERENV_USER APPTAINERENV_CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-}"
-  export APPTAINERENV_HOME=/tmp APPTAINERENV_XDG_CACHE_HOME=/tmp/cache
-  export APPTAINERENV_TRITON_CACHE_DIR=/tmp/triton APPTAINERENV_TORCHINDUCTOR_CACHE_DIR=/tmp/inductor
-fi
-for variable in "${environment[@]}"; do export "$prefix$variable"; done
 
 tried=0
 start_engine

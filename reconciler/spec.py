@@ -3,19 +3,19 @@
 A folder holds `fleet.yaml` and any number of `models/*.yaml` (one model a file), read as one.
 """
 
-import difflib
 import hashlib
 import json
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from reconciler import source
+from reconciler.arguments import check_arguments, unchecked
 from reconciler.errors import Problem, SpecError
 from reconciler.naming import LABEL
 
@@ -91,6 +91,7 @@ Memory = Annotated[str, AfterValidator(_checked_memory)]
 AbsolutePath = Annotated[str, AfterValidator(_checked_path)]
 LogDir = Annotated[AbsolutePath, AfterValidator(_checked_log_dir)]
 Line = Annotated[str, AfterValidator(_one_line)]
+Version = Annotated[str, Field(pattern=r"^[0-9][0-9A-Za-z.+-]*$", max_length=_LABEL_MAX)]
 EnvName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 ArgName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.-]*$")]
 # true -> --flag, false -> --no-flag, a list -> several words, a mapping -> one word of JSON.
@@ -140,6 +141,7 @@ class Image(Strict):
     runtime: Literal["apptainer", "none"] = "apptainer"
     name: Label | None = Field(None, description="of the manifest `<image_dir>/<name>.json`")
     path: AbsolutePath | None = Field(None, description="of the program, for `runtime: none`")
+    version: Version | None = Field(None, description="of the engine; checks its arguments")
 
 
 class GatewayHost(Strict):
@@ -251,6 +253,11 @@ class Fleet(Strict):
 
 def load_fleet(folder: Path) -> Fleet:
     """Read a spec folder. Raises SpecError with every mistake that can be found at once."""
+    return read_fleet(folder)[0]
+
+
+def read_fleet(folder: Path) -> tuple[Fleet, tuple[Problem, ...]]:
+    """Read a spec folder as load_fleet does; return the warnings too, each with its place."""
     sources = [_read(folder / "fleet.yaml")]
     if folder.is_dir():
         sources += _model_files(folder / "models")
@@ -268,7 +275,7 @@ def load_fleet(folder: Path) -> Fleet:
     problems = [merged.problem(path, message) for path, message in impossibilities(fleet)]
     if problems:
         raise SpecError(problems)
-    return fleet
+    return fleet, tuple(sorted(merged.problem(*warning) for warning in warnings(fleet)))
 
 
 def _model_files(folder: Path) -> Iterator[source.Source]:
@@ -360,7 +367,7 @@ def _explained(path: source.Path, error: Any) -> tuple[source.Path, str]:
     key = str(path[-1]) if path else ""
     kind = error["type"]
     if kind == "extra_forbidden":
-        hint = _did_you_mean(key, _keys_at(Fleet, path[:-1]))
+        hint = source.did_you_mean(key, _keys_at(Fleet, path[:-1]))
         return path, f"unknown key {source.shown(key)}{hint}"
     if kind == "missing":
         return path[:-1], f'"{key}" is missing'
@@ -375,11 +382,6 @@ def _explained(path: source.Path, error: Any) -> tuple[source.Path, str]:
     # What stands in an environment may be a secret; errors go to logs.
     plain = isinstance(given, str | int | float | bool) and "env" not in path
     return path, f"{where}: {message}" + (f" (given: {source.shown(given)})" if plain else "")
-
-
-def _did_you_mean(key: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
-    return f'; did you mean "{close[0]}"?' if close else ""
 
 
 def _keys_at(model: type[BaseModel], path: source.Path) -> tuple[str, ...]:
@@ -421,7 +423,7 @@ def impossibilities(fleet: Fleet) -> Iterator[tuple[source.Path, str]]:
     for at, model in enumerate(fleet.models):
         here: source.Path = ("models", at)
         if model.image not in fleet.images:
-            hint = _did_you_mean(model.image, fleet.images)
+            hint = source.did_you_mean(model.image, fleet.images)
             yield (*here, "image"), f'no image "{model.image}" under images{hint}'
         if model.resources.gpus > fleet.budget.gpus:
             message = (
@@ -434,14 +436,28 @@ def impossibilities(fleet: Fleet) -> Iterator[tuple[source.Path, str]]:
             yield (*here, "name"), message
         for key, message in _argument_mistakes(model.args):
             yield (*here, "args", key), message
+        for path, message in _refused_arguments(fleet, model):
+            yield (*here, "args", *path), message
     wanted = sum(model.replicas * model.resources.gpus for model in fleet.models)
     if wanted > fleet.budget.gpus:
         message = f"all replicas together need {wanted} GPUs, the budget is {fleet.budget.gpus}"
         yield ("budget", "gpus"), message
 
 
+def warnings(fleet: Fleet) -> Iterator[tuple[source.Path, str]]:
+    """Yield what may be wrong and can't be told: where, and why."""
+    for name, image in fleet.images.items():
+        engines = {model.engine for model in fleet.models if model.image == name and model.args}
+        for engine in sorted(engines):
+            why = unchecked(engine, image.version)
+            if why is not None:
+                yield ("images", name, "version"), why
+
+
 # Engine arguments that identify or place a replica: two answers to one question can't both hold.
-_OURS = frozenset({"host", "port", "served-model-name", "shutdown-timeout", "api-key", "model"})
+_OURS = frozenset(
+    {"host", "port", "served-model-name", "shutdown-timeout", "api-key", "model", "config"}
+)
 
 
 def _argument_mistakes(args: Mapping[str, ArgValue]) -> Iterator[tuple[str, str]]:
@@ -462,6 +478,13 @@ def _argument_mistakes(args: Mapping[str, ArgValue]) -> Iterator[tuple[str, str]
             yield key, f'"{key}" is an empty list; remove it'
         if isinstance(value, list) and any(word.startswith("-") for word in words):
             yield key, f'a word of "{key}" starts with "-": the engine would take it for an option'
+
+
+def _refused_arguments(fleet: Fleet, model: Model) -> Iterator[tuple[source.Path, str]]:
+    """Yield what the engine's version would not take, where the spec says which one it is."""
+    image = fleet.images.get(model.image)
+    if image is not None and image.version is not None:
+        yield from check_arguments(model.engine, image.version, model.args)
 
 
 def _name_clashes(fleet: Fleet) -> Iterator[tuple[source.Path, str]]:
@@ -490,4 +513,18 @@ def _image_mistakes(fleet: Fleet, name: str, image: Image) -> Iterator[tuple[sou
 
 def json_schema() -> Mapping[str, Any]:
     """Return the JSON Schema of `fleet.yaml`, for editors."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Fleet.model_json_schema()}
+    draft = "https://json-schema.org/draft/2020-12/schema"
+    return {"$schema": draft, **_closed(Fleet.model_json_schema())}
+
+
+def _closed(part: Any) -> Any:
+    """Return a schema in which a mapping with patterns for its keys takes no other keys.
+
+    pydantic refuses a key that fails its pattern, and leaves that out of the schema.
+    """
+    if isinstance(part, list):
+        return [_closed(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    closed = {"additionalProperties": False} if "patternProperties" in part else {}
+    return {key: _closed(value) for key, value in part.items()} | closed

@@ -5,6 +5,7 @@ served name `<model>@<job id>` that only that job's engine was started with.
 """
 
 import asyncio
+import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
@@ -18,6 +19,9 @@ _TIMEOUT_S = 3.0
 _COMPLETION_TIMEOUT_S = 30.0
 # Sockets open at once; a cycle over 1,000 replicas must not exhaust the host's file limit.
 _AT_ONCE = 100
+
+# A scrape of vLLM is some 50 KB; whoever sends more than this is something else.
+_ANSWER_MAX = 4 * 1024 * 1024
 
 _ONGOING = re.compile(
     r"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? ([0-9.eE+-]+)$", re.MULTILINE
@@ -60,7 +64,7 @@ async def _probe(client: httpx.AsyncClient, job: Job, run: Run, proven: bool) ->
             return Probe(health=Health.STARTING, detail="nothing listens at its address")
         # Unreachable or reset: that says something of the way there, not of the engine.
         return Probe(health=Health.SILENT, detail="it can't be reached")
-    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+    except (httpx.HTTPError, ValueError, KeyError, TypeError, RecursionError) as error:
         detail = f"not an answer of an engine: {type(error).__name__}"
         return Probe(health=Health.SICK, detail=detail)
 
@@ -76,14 +80,14 @@ def _refused(error: BaseException | None) -> bool:
 
 async def _introduce(client: httpx.AsyncClient, base: str, identity: str) -> Probe | None:
     """Return what is wrong with who answers and how it feels, or None."""
-    models = await client.get(f"{base}/v1/models")
-    models.raise_for_status()
-    names = {str(item["id"]) for item in models.json()["data"]}
+    models = json.loads(await _get(client, f"{base}/v1/models"))
+    names = {str(item["id"]) for item in models["data"]}
     if identity not in names:
         return Probe(health=Health.IMPOSTOR, detail=f"it serves {', '.join(sorted(names))[:80]}")
-    health = await client.get(f"{base}/health")
-    if health.status_code != 200:
-        return Probe(health=Health.SICK, detail=f"/health answers {health.status_code}")
+    try:
+        await _get(client, f"{base}/health")
+    except httpx.HTTPStatusError as error:
+        return Probe(health=Health.SICK, detail=f"/health answers {error.response.status_code}")
     return None
 
 
@@ -101,9 +105,21 @@ async def _ongoing(client: httpx.AsyncClient, base: str) -> int | None:
     """Return the requests that a replica is busy with; without metrics that is unknown."""
     try:
         async with asyncio.timeout(_TIMEOUT_S):
-            return parse_ongoing((await client.get(f"{base}/metrics")).text)
-    except (TimeoutError, httpx.HTTPError):
+            return parse_ongoing(await _get(client, f"{base}/metrics"))
+    except (TimeoutError, httpx.HTTPError, ValueError):
         return None
+
+
+async def _get(client: httpx.AsyncClient, url: str) -> str:
+    """Return the text of an answer. Raises httpx.HTTPError, or ValueError for an endless one."""
+    text = bytearray()
+    async with client.stream("GET", url) as answer:
+        answer.raise_for_status()
+        async for part in answer.aiter_bytes():
+            text += part
+            if len(text) > _ANSWER_MAX:
+                raise ValueError("longer than any answer of an engine")
+    return text.decode(errors="replace")
 
 
 def parse_ongoing(metrics: str) -> int | None:

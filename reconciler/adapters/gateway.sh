@@ -6,7 +6,11 @@ folder=$1 status=$2 verb=$3
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 conf=$folder/current/nginx.conf
 
-running() { curl --silent --max-time 2 --noproxy '*' "http://$status/generation" 2>/dev/null || true; }
+# The generation that answers; it names a folder, so anything but a hash counts as no answer.
+running() {
+  curl --silent --max-time 2 --max-filesize 64 --noproxy '*' "http://$status/generation" 2>/dev/null |
+    grep -Ex '[0-9a-f]{12}' || true
+}
 
 # Which generation a start of nginx would read.
 linked() {
@@ -51,10 +55,14 @@ change)
     sleep 0.1
   done
   answer=$(running)
-  if [ "$answer" != "$generation" ] && [ -n "$previous" ]; then
+  if [ "$answer" != "$generation" ]; then
     # What runs must match what a restart would read: put the old link back.
-    ln -s "$previous" "$folder/current.part.$$"
-    mv -T "$folder/current.part.$$" "$folder/current"
+    if [ -n "$previous" ]; then
+      ln -s "$previous" "$folder/current.part.$$"
+      mv -T "$folder/current.part.$$" "$folder/current"
+    else
+      rm "$folder/current"
+    fi
   fi
   # Keep the last few generations to look at; nginx has read the files and needs none of them.
   find "$folder" -maxdepth 1 -name 'gen-*' ! -name "gen-$generation" ! -name "${previous##*/}" \

@@ -317,6 +317,18 @@ def test_a_drain_past_its_timeout_ends_the_job_from_inside(fleet: Fleet) -> None
     wait_for("the job to end by itself", lambda: not _live_jobs(fleet))
 
 
+def test_environment_of_the_spec_reaches_the_engine_and_not_the_script(fleet: Fleet) -> None:
+    """Names that the job script uses itself are the engine's affair alone."""
+    names = 'node: nowhere, port: "1", names: x, SLURM_JOB_ID: "99", engine: "1", ready: "7"'
+    fleet.edit('STANDIN_TOKENS_PER_S: "50"', names)
+    _applied(fleet)
+    (job, *_) = _live_jobs(fleet)
+    argv = ["pgrep", "-f", "standin.py serve.*tiny@" + job[0]]
+    pid = fleet.lab.run(job[3], argv).stdout.split()[0]
+    environment = fleet.lab.run(job[3], ["cat", f"/proc/{pid}/environ"]).stdout
+    assert {"node=nowhere", "SLURM_JOB_ID=99"} <= set(environment.split("\0"))
+
+
 def test_missing_weights_end_the_job_with_their_own_status(fleet: Fleet) -> None:
     """What the node lacks is told apart from what the engine dislikes, and said in the log."""
     fleet.edit("weights: /shared/models", "weights: /shared/no-such-model")
@@ -344,11 +356,8 @@ def test_an_impostor_gets_no_request(fleet: Fleet) -> None:
     fleet.edit('STANDIN_TOKENS_PER_S: "50"', 'STANDIN_IMPOSTOR: "llama-70b"')
     fleet.run("apply", "--wait", "--timeout", "6s", check=False)
     status = fleet.status()
-    assert {replica["status"] for replica in status["replicas"]} <= {
-        "impostor",
-        "leaving",
-        "starting",
-    }
+    statuses = {replica["status"] for replica in status["replicas"]}
+    assert statuses <= {"impostor", "leaving", "pending", "starting"}
     assert _routed(fleet) == 0
     answer = httpx.post(f"{fleet.url}/v1/completions", json=_body(), timeout=30)
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "10")

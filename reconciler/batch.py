@@ -10,7 +10,8 @@ import shlex
 from collections.abc import Iterator
 from importlib.resources import files
 
-from reconciler.naming import ReplicaName, submit_comment
+from reconciler.naming import submit_comment
+from reconciler.plan import Submit
 from reconciler.spec import Fleet, Image, Model
 
 # The job's own half of the script; the rendered half above it only sets variables.
@@ -21,18 +22,24 @@ _WEIGHTS_INSIDE = "/models"
 
 
 def batch_script(
-    fleet: Fleet, model: Model, name: ReplicaName, *, program: str, commit: str | None
+    fleet: Fleet, model: Model, submit: Submit, *, program: str, commit: str | None
 ) -> str:
     """Return the whole script of one replica.
 
     `program` is the SIF's path for runtime apptainer, the executable's path for runtime none.
     """
     image = fleet.images[model.image]
-    comment = submit_comment(name, gpus=model.resources.gpus, commit=commit)
+    comment = submit_comment(
+        submit.name,
+        gpus=model.resources.gpus,
+        commit=commit,
+        succeeds=submit.succeeds,
+        protect=model.protect,
+    )
     return "\n".join(
         [
             "#!/bin/bash",
-            *_sbatch_lines(fleet, model, name, comment),
+            *_sbatch_lines(fleet, model, submit, comment),
             "",
             # Without its closing brace: the job adds what it says of itself.
             f"comment_base={shlex.quote(comment.removesuffix('}'))}",
@@ -50,14 +57,16 @@ def batch_script(
     )
 
 
-def _sbatch_lines(fleet: Fleet, model: Model, name: ReplicaName, comment: str) -> Iterator[str]:
+def _sbatch_lines(fleet: Fleet, model: Model, submit: Submit, comment: str) -> Iterator[str]:
     slurm = fleet.slurm_for(model)
+    walltime_s = submit.walltime_s
     options = {
-        "job-name": str(name),
+        "job-name": str(submit.name),
         "partition": slurm.partition,
         "account": slurm.account,
         "qos": slurm.qos,
-        "time": slurm.walltime,
+        "time": slurm.walltime if walltime_s is None else slurm_time(walltime_s),
+        "exclude": ",".join(submit.exclude) or None,
         "nodes": "1",
         "ntasks": "1",
         "cpus-per-task": str(model.resources.cpus),
@@ -74,6 +83,14 @@ def _sbatch_lines(fleet: Fleet, model: Model, name: ReplicaName, comment: str) -
             yield f"#SBATCH --{option}={value}"
     # A requeue keeps the id, waits two minutes and moves; a new job is quicker and clearer.
     yield "#SBATCH --no-requeue"
+
+
+def slurm_time(seconds: int) -> str:
+    """Return a duration as sbatch reads it: D-HH:MM:SS."""
+    minutes, second = divmod(seconds, 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return f"{days}-{hour:02}:{minute:02}:{second:02}"
 
 
 def _array(name: str, words: list[str]) -> str:

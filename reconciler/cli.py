@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -37,6 +37,12 @@ _INTERVAL = click.FloatRange(0.1, 3600)
 _INTERVAL_HELP = "Seconds between cycles."
 _spec = click.argument("spec", type=click.Path(path_type=Path), envvar="FLEET_SPEC")
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+_allow_destroy = click.option(
+    "--allow-destroy",
+    multiple=True,
+    metavar="MODEL",
+    help="Let this model's serving replicas end, as its block is gone from the spec.",
+)
 _state_dir = click.option(
     "--state-dir",
     type=click.Path(path_type=Path),
@@ -99,14 +105,21 @@ def validate(spec: Path, as_json: bool) -> None:
 @_spec
 @_as_json
 @_state_dir
+@_allow_destroy
 @click.option("--detailed-exitcode", is_flag=True, help="Exit with 2 if there is something to do.")
-def plan(spec: Path, as_json: bool, state_dir: Path | None, detailed_exitcode: bool) -> None:
+def plan(
+    spec: Path,
+    as_json: bool,
+    state_dir: Path | None,
+    allow_destroy: tuple[str, ...],
+    detailed_exitcode: bool,
+) -> None:
     """Show what `apply` would do now, and why; change nothing."""
     fleet, world = _load(spec, state_dir)
     from reconciler.cycle import look
     from reconciler.render import plan_text
 
-    decided, _ = look(fleet, world, time.time())
+    decided, _ = look(fleet, world, time.time(), frozenset(allow_destroy))
     _show(decided, plan_text, as_json)
     if detailed_exitcode and decided.actions and decided.observed:
         sys.exit(_EXIT_CHANGES)
@@ -132,11 +145,18 @@ def status(spec: Path, as_json: bool, state_dir: Path | None) -> None:
 @_spec
 @_as_json
 @_state_dir
+@_allow_destroy
 @click.option("--wait", is_flag=True, help="Go on until the fleet is as the spec says.")
 @click.option("--timeout", default="30m", show_default=True, help="Of --wait: 90s, 30m, 2h.")
 @click.option("--interval", type=_INTERVAL, default=2.0, show_default=True, help=_INTERVAL_HELP)
 def apply(
-    spec: Path, as_json: bool, state_dir: Path | None, wait: bool, timeout: str, interval: float
+    spec: Path,
+    as_json: bool,
+    state_dir: Path | None,
+    allow_destroy: tuple[str, ...],
+    wait: bool,
+    timeout: str,
+    interval: float,
 ) -> None:
     """Run one cycle; with --wait, cycles until nothing is left to do or to wait for."""
     timeout_s = _seconds(timeout)
@@ -147,7 +167,14 @@ def apply(
     progress = _Progress(quiet=as_json)
     with world.store.locked():
         while True:
-            outcome = cycle(fleet, world, at=time.time(), commit=_commit(spec), say=progress.say)
+            outcome = cycle(
+                fleet,
+                world,
+                at=time.time(),
+                commit=_commit(spec),
+                say=progress.say,
+                allow_destroy=frozenset(allow_destroy),
+            )
             progress.show(outcome)
             if not wait or outcome.plan.converged or progress.elapsed_s >= timeout_s:
                 break
@@ -175,7 +202,8 @@ def run(spec: Path, state_dir: Path | None, interval: float) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     progress = _Progress(quiet=False)
-    with world.store.locked():
+    store = world.store
+    with store.locked():
         while not stop.is_set():
             pause_s = interval
             try:
@@ -183,6 +211,7 @@ def run(spec: Path, state_dir: Path | None, interval: float) -> None:
                 if fleet.fleet != ours:
                     # Its jobs would be nobody's, and the lock is for the old name.
                     raise FleetError(f"the spec now names the fleet {fleet.fleet}, not {ours}")
+                world = replace(world, store=store)  # it holds the lock and the open file
                 outcome = cycle(
                     fleet, world, at=time.time(), commit=_commit(spec), say=progress.say
                 )
@@ -196,12 +225,55 @@ def run(spec: Path, state_dir: Path | None, interval: float) -> None:
 
 @main.command()
 @_spec
+@_as_json
+@_state_dir
+@click.option("--last", default=50, show_default=True, type=click.IntRange(min=1), help="How many.")
+def events(spec: Path, as_json: bool, state_dir: Path | None, last: int) -> None:
+    """Show what this host's `apply` and `run` did, the latest last."""
+    from reconciler.adapters.store import read_events
+    from reconciler.render import events_text
+    from reconciler.spec import load_fleet
+
+    record = {"events": read_events(_state_folder(load_fleet(spec), state_dir), last) or []}
+    click.echo(json.dumps(record, indent=2) if as_json else events_text(record))
+
+
+@main.command()
+@_spec
+@click.argument("name", metavar="REPLICA_OR_MODEL")
+@_as_json
+@_state_dir
+def explain(spec: Path, name: str, as_json: bool, state_dir: Path | None) -> None:
+    """Show all that is known of one model or replica: status, plan, notes, last events."""
+    fleet, world = _load(spec, state_dir)
+    from reconciler.adapters.store import read_events
+    from reconciler.cycle import look
+    from reconciler.errors import StateFailed
+    from reconciler.render import explain_text, explanation
+
+    decided, _ = look(fleet, world, time.time())
+    try:
+        events = read_events(_state_folder(fleet, state_dir)) or []
+    except StateFailed as error:
+        _warn(str(error))
+        events = []  # the plan alone explains most
+    record = explanation(_record(decided), events, name)
+    if record is None:
+        models = ", ".join(model.name for model in fleet.models)
+        raise FleetError(f'no model or replica "{name}" is known; the models are {models}')
+    click.echo(json.dumps(record, indent=2) if as_json else explain_text(record))
+    _exit_unless_observed(decided)
+
+
+@main.command()
+@_spec
 @click.argument("model")
 def render(spec: Path, model: str) -> None:
     """Print the batch script of a model's next replica; nothing is submitted."""
     fleet, world = _load(spec, None)
     from reconciler.batch import batch_script
     from reconciler.naming import ReplicaName
+    from reconciler.plan import Reason, Submit
 
     wanted = fleet.model(model)
     if wanted is None:
@@ -213,7 +285,8 @@ def render(spec: Path, model: str) -> None:
     name = ReplicaName(
         fleet=fleet.fleet, model=model, revision=wanted.revision(pin.digest), ordinal=0
     )
-    script = batch_script(fleet, wanted, name, program=pin.program, commit=_commit(spec))
+    submit = Submit(name=name, gpus=wanted.resources.gpus, reason=Reason.MISSING)
+    script = batch_script(fleet, wanted, submit, program=pin.program, commit=_commit(spec))
     click.echo(script, nl=False)
 
 
@@ -231,19 +304,27 @@ def _load(spec: Path, state_dir: Path | None) -> "tuple[Fleet, World]":
     from reconciler.adapters.images import ImageFolder
     from reconciler.adapters.nginx import NginxGateways
     from reconciler.adapters.slurm_cli import SlurmCli
-    from reconciler.adapters.store import FileStore
+    from reconciler.adapters.store import SqliteStore
     from reconciler.observe import World
     from reconciler.spec import load_fleet
 
     fleet = load_fleet(spec)
-    home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     return fleet, World(
         slurm=SlurmCli(),
         engines=HttpEngines(),
         gateways=NginxGateways(fleet.gateway),
         images=ImageFolder(),
-        store=FileStore(state_dir or home / "modelfleet" / fleet.fleet),
+        store=SqliteStore(_state_folder(fleet, state_dir), _warn),
     )
+
+
+def _state_folder(fleet: "Fleet", state_dir: Path | None) -> Path:
+    home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    return state_dir or home / "modelfleet" / fleet.fleet
+
+
+def _warn(text: str) -> None:
+    click.echo(f"fleet: {text}", err=True)
 
 
 class _Progress:

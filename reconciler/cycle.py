@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from reconciler.adapters.ports import ImagePin
+from reconciler.errors import StateFailed
 from reconciler.execute import Say, execute
 from reconciler.memory import learn, remember
 from reconciler.observe import World, observe
@@ -14,23 +15,39 @@ from reconciler.spec import Fleet
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a cycle decided, and one line for each action that failed."""
+    """What a cycle decided, and one line for each thing that failed."""
 
     plan: Plan
     errors: tuple[str, ...]
 
 
-def look(fleet: Fleet, world: World, at: float) -> tuple[Plan, Mapping[str, ImagePin]]:
+def look(
+    fleet: Fleet, world: World, at: float, allow_destroy: frozenset[str] = frozenset()
+) -> tuple[Plan, Mapping[str, ImagePin]]:
     """Return the plan for the world as it is now; nothing is changed, nothing is remembered."""
     observation, pins = observe(fleet, world, at)
-    return plan(fleet, observation, learn(world.store.load(), observation)), pins
+    memory = learn(world.store.load(), observation)
+    return plan(fleet, observation, memory, allow_destroy), pins
 
 
-def cycle(fleet: Fleet, world: World, *, at: float, commit: str | None, say: Say) -> Outcome:
+def cycle(
+    fleet: Fleet,
+    world: World,
+    *,
+    at: float,
+    commit: str | None,
+    say: Say,
+    allow_destroy: frozenset[str] = frozenset(),
+) -> Outcome:
     """Run one cycle at the time `at` (epoch seconds). The caller holds the lock."""
     observation, pins = observe(fleet, world, at)
     memory = learn(world.store.load(), observation)
-    decided = plan(fleet, observation, memory)
-    world.store.save(remember(memory, decided))
-    errors = execute(decided, fleet, world, pins, commit=commit, say=say)
+    decided = plan(fleet, observation, memory, allow_destroy)
+    errors = []
+    try:
+        world.store.save(remember(memory, decided))
+    except StateFailed as error:
+        # Lost memory costs caution only; not healing the fleet would cost requests.
+        errors.append(f"memory: {error}")
+    errors += execute(decided, fleet, world, pins, commit=commit, say=say)
     return Outcome(plan=decided, errors=tuple(errors))

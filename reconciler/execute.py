@@ -1,10 +1,13 @@
-"""Performs a plan's actions in order; one model's error does not stop the others."""
+"""Performs a plan's actions in order; one model's error does not stop the others.
+
+Each action is written into the journal before it is done and after.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 
-from reconciler.adapters.ports import Gateways, ImagePin, Slurm
+from reconciler.adapters.ports import Gateways, ImagePin, Result, Slurm, Store
 from reconciler.batch import batch_script
-from reconciler.errors import FleetError, SlurmUnavailable
+from reconciler.errors import FleetError, SlurmUnavailable, StateFailed, SubmitUnknown
 from reconciler.observe import World
 from reconciler.plan import Action, Cancel, Drain, JobRef, Plan, Route, Submit
 from reconciler.routes import render_gateway
@@ -23,15 +26,52 @@ def execute(
     commit: str | None,
     say: Say,
 ) -> list[str]:
-    """Perform the plan; return one line for each action that failed. Never raises FleetError."""
+    """Perform the plan; return one line for each action that failed. Never raises FleetError.
+
+    A journal that can't be written is one line more, and stops nothing.
+    """
     present = _present(plan.actions, fleet, world.slurm)
+    journal = _Journal(world.store, plan.at)
     errors = []
     for action in plan.actions:
+        intent = journal.intend(action)
         try:
-            _perform(action, fleet, world, pins, present, commit, say)
+            done = _perform(action, fleet, world, pins, present, commit, say)
         except FleetError as error:
             errors.append(f"{_title(action)}: {error}")
-    return errors
+            unknown = isinstance(error, SubmitUnknown)
+            journal.conclude(intent, Result.UNKNOWN if unknown else Result.FAILED, str(error))
+        else:
+            journal.conclude(intent, Result.DONE, done)
+    return errors + journal.errors
+
+
+class _Journal:
+    """The journal of one cycle: what it can't write it reports once."""
+
+    def __init__(self, store: Store, at: float) -> None:
+        self._store = store
+        self._at = at
+        self.errors: list[str] = []
+
+    def intend(self, action: Action) -> int | None:
+        try:
+            return self._store.intend(self._at, action)
+        except StateFailed as error:
+            self._failed(error)
+            return None
+
+    def conclude(self, intent: int | None, result: Result, detail: str) -> None:
+        if intent is None:
+            return
+        try:
+            self._store.conclude(intent, result, " ".join(detail.split()))
+        except StateFailed as error:
+            self._failed(error)
+
+    def _failed(self, error: StateFailed) -> None:
+        if not self.errors:
+            self.errors.append(f"journal: {error}")
 
 
 def _present(actions: Iterable[Action], fleet: Fleet, slurm: Slurm) -> Mapping[JobKey, str]:
@@ -52,17 +92,21 @@ def _perform(
     present: Mapping[JobKey, str],
     commit: str | None,
     say: Say,
-) -> None:
+) -> str:
+    """Do one action; return what the journal should know of it beside that it is done."""
     match action:
         case Submit():
             model = fleet.model(action.name.model)
             if model is None:
                 raise FleetError("its model is not in the spec")
             program = pins[model.image].program
-            script = batch_script(fleet, model, action.name, program=program, commit=commit)
-            say(f"submitted {action.name} as job {world.slurm.submit(script)}")
+            script = batch_script(fleet, model, action, program=program, commit=commit)
+            job_id = world.slurm.submit(script)
+            say(f"submitted {action.name} as job {job_id}")
+            return f"job {job_id}"
         case Route():
             _route(action, fleet, world.gateways, say)
+            return f"generation {action.generation}"
         case Drain():
             _verify(action.job, present)
             world.slurm.drain(action.job)
@@ -71,6 +115,7 @@ def _perform(
             _verify(action.job, present)
             world.slurm.cancel(action.job, pending=action.pending)
             say(f"cancelled job {action.job.id} ({action.job.name}): {action.reason}")
+    return ""
 
 
 def _route(action: Route, fleet: Fleet, gateways: Gateways, say: Say) -> None:

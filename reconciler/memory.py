@@ -3,24 +3,25 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from reconciler.plan import Plan
+from reconciler.failures import learn_failures
+from reconciler.plan import NoteKind, Plan
 from reconciler.state import (
-    FAILURES,
+    UNREADABLE,
     DrainClock,
-    Failures,
     Health,
     Job,
     JobKey,
     Memory,
     Observation,
     Phase,
+    Progress,
 )
 
-# The first failure costs seconds (it may be chance), the tenth ten minutes.
-BACKOFF_FIRST_S = 10.0
-BACKOFF_MOST_S = 600.0
+# Of each model; a high percentile of these says how early a successor must be submitted.
+LEADS_KEPT = 20
 # A listing that has lost every known job at once must still say so this much later.
 CONFIRM_S = 5.0
+_BLIND = frozenset({NoteKind.NO_LISTING, NoteKind.SUSPICIOUS_LISTING})
 
 
 def learn(memory: Memory, observation: Observation) -> Memory:
@@ -33,9 +34,14 @@ def learn(memory: Memory, observation: Observation) -> Memory:
         return emptied
     return replace(
         emptied,
+        # Believed, and there are jobs again: the next emptiness is another one.
+        emptied_at=None if observation.jobs else emptied.emptied_at,
         misses=_misses(memory, observation),
         drains=_idle(memory, observation),
-        failures=_failures(memory, observation),
+        failures=learn_failures(memory, observation, _ready(observation)),
+        leads=_leads(memory, observation),
+        led=_led(memory, observation),
+        progress=_progress(memory, observation),
     )
 
 
@@ -46,18 +52,11 @@ def unconfirmed(memory: Memory, at: float) -> bool:
 
 def remember(memory: Memory, plan: Plan) -> Memory:
     """Return the memory with a clock for each replica that the plan makes leave."""
-    drains = {key: memory.drains.get(key) or DrainClock(since=plan.at) for key in plan.leaving}
     # When jobs could not be listed the plan says nothing, so it forgets nothing either.
-    return replace(memory, drains=drains if plan.observed or drains else memory.drains)
-
-
-def backoff_until(failures: Failures | None) -> float:
-    """Return when the next job of a revision may be submitted (epoch seconds)."""
-    if failures is None or failures.count == 0:
-        return 0.0
-    # Capped before the power is taken: a count of thousands would overflow a float.
-    delay_s = BACKOFF_FIRST_S * 2.0 ** min(failures.count - 1, 16)
-    return failures.last_at + min(delay_s, BACKOFF_MOST_S)
+    if any(note.kind in _BLIND for note in plan.notes):
+        return memory
+    drains = {key: memory.drains.get(key) or DrainClock(since=plan.at) for key in plan.leaving}
+    return replace(memory, drains=drains)
 
 
 def _not_after(memory: Memory, at: float) -> Memory:
@@ -73,8 +72,15 @@ def _not_after(memory: Memory, at: float) -> Memory:
             for key, clock in memory.drains.items()
         },
         failures={
-            revision: replace(seen, last_at=min(seen.last_at, at))
+            revision: replace(
+                seen,
+                last_at=min(seen.last_at, at),
+                recent=tuple(replace(one, at=min(one.at, at)) for one in seen.recent),
+            )
             for revision, seen in memory.failures.items()
+        },
+        progress={
+            key: replace(seen, since=min(seen.since, at)) for key, seen in memory.progress.items()
         },
         emptied_at=past(memory.emptied_at),
     )
@@ -89,15 +95,24 @@ def _misses(memory: Memory, observation: Observation) -> Mapping[JobKey, int]:
         if job.run is not None and job.run.ready_at is None and job.key not in routed
     }
     # Those not asked are known all the same: they must not vanish unnoticed either.
-    known = {
-        job.key: 0 for job in observation.jobs or () if job.phase in (Phase.PENDING, Phase.RUNNING)
-    }
+    known = {job.key: 0 for job in observation.jobs or () if _is_here(job)}
     return known | {
         key: 0
         if probe.health is Health.READY or (probe.health is Health.STARTING and key in loading)
         else memory.misses.get(key, 0) + 1
         for key, probe in observation.probes.items()
     }
+
+
+def _is_here(job: Job) -> bool:
+    """Whether a later listing must show the job too; what could not be read has no key."""
+    unknown = job.phase is Phase.UNKNOWN and job.state != UNREADABLE
+    return unknown or job.phase in (Phase.PENDING, Phase.RUNNING)
+
+
+def _ready(observation: Observation) -> frozenset[JobKey]:
+    probes = observation.probes.items()
+    return frozenset(key for key, probe in probes if probe.health is Health.READY)
 
 
 def _routed(observation: Observation) -> frozenset[JobKey]:
@@ -114,32 +129,37 @@ def _idle(memory: Memory, observation: Observation) -> Mapping[JobKey, DrainCloc
     return drains
 
 
-def _failures(memory: Memory, observation: Observation) -> Mapping[str, Failures]:
-    """Count each failed job once; a replica that became ready clears its revision."""
-    failures = dict(memory.failures)
+def _leads(memory: Memory, observation: Observation) -> Mapping[str, tuple[float, ...]]:
+    """Return each model's latest lead times: from submission until its engine was ready."""
+    leads = dict(memory.leads)
+    for job in _newly_ready(memory, observation):
+        if job.run is not None and job.run.ready_at is not None:
+            lead = float(max(0, job.run.ready_at - job.submitted_at))
+            leads[job.name.model] = (*leads.get(job.name.model, ()), lead)[-LEADS_KEPT:]
+    return leads
+
+
+def _newly_ready(memory: Memory, observation: Observation) -> list[Job]:
+    jobs = observation.jobs or ()
+    return [job for job in jobs if job.run and job.run.ready_at and job.key not in memory.led]
+
+
+def _led(memory: Memory, observation: Observation) -> frozenset[JobKey]:
     listed = {job.key for job in observation.jobs or ()}
-    for job in observation.jobs or ():
-        revision = f"{job.name.model}.{job.name.revision}"
-        seen = failures.get(revision)
-        probe = observation.probes.get(job.key)
-        if probe is not None and probe.health is Health.READY and seen is not None:
-            failures[revision] = replace(seen, count=0)
-        counted = seen.counted if seen else frozenset()
-        if _failed(job, memory) and job.key not in counted:
-            failures[revision] = Failures(
-                count=(seen.count if seen else 0) + 1,
-                last_at=observation.at,
-                counted=(counted & listed) | {job.key},
-            )
-    return failures
+    return (memory.led & listed) | {job.key for job in _newly_ready(memory, observation)}
 
 
-def _failed(job: Job, memory: Memory) -> bool:
-    """Tell a failure from the end of a drain, whose engine may report its TERM as an error."""
-    drained = job.key in memory.drains or bool(
-        job.comment and job.comment.run and job.comment.run.draining
-    )
-    return job.state in FAILURES and not drained
+def _progress(memory: Memory, observation: Observation) -> Mapping[JobKey, Progress]:
+    """Return since when each busy engine's token counter stands still."""
+    progress = {}
+    for key, probe in observation.probes.items():
+        if probe.tokens is None or not probe.ongoing:
+            continue
+        before = memory.progress.get(key)
+        stands = before is not None and before.tokens == probe.tokens
+        since = before.since if before is not None and stands else observation.at
+        progress[key] = Progress(tokens=probe.tokens, since=since)
+    return progress
 
 
 def _emptied_at(memory: Memory, observation: Observation) -> float | None:

@@ -57,21 +57,32 @@ class Comment:
     gpus: int
     commit: str | None
     run: Run | None
+    succeeds: tuple[int, int] | None = None  # the job (id, submit time) that it is to replace
+    protect: bool = False  # not ended for being gone from the spec
 
 
-def submit_comment(name: ReplicaName, *, gpus: int, commit: str | None) -> str:
+def submit_comment(
+    name: ReplicaName,
+    *,
+    gpus: int,
+    commit: str | None,
+    succeeds: tuple[int, int] | None = None,
+    protect: bool = False,
+) -> str:
     """Return the comment that a job is submitted with: public, one line, ASCII, no quote marks."""
-    return json.dumps(
-        {
-            "v": COMMENT_VERSION,
-            "fleet": name.fleet,
-            "model": name.model,
-            "revision": name.revision,
-            "commit": commit,
-            "gpus": gpus,
-        },
-        separators=(",", ":"),
-    )
+    record: dict[str, object] = {
+        "v": COMMENT_VERSION,
+        "fleet": name.fleet,
+        "model": name.model,
+        "revision": name.revision,
+        "commit": commit,
+        "gpus": gpus,
+    }
+    if succeeds is not None:
+        record["succeeds"] = succeeds
+    if protect:
+        record["protect"] = True
+    return json.dumps(record, separators=(",", ":"))
 
 
 def parse_comment(text: str) -> Comment | None:
@@ -87,9 +98,16 @@ def parse_comment(text: str) -> Comment | None:
             gpus=_count(record["gpus"]),
             commit=commit,
             run=_parse_run(record["run"]) if "run" in record else None,
+            succeeds=_parse_key(record["succeeds"]) if "succeeds" in record else None,
+            protect=record.get("protect") is True,
         )
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def _parse_key(record: Any) -> tuple[int, int]:
+    job_id, submitted_at = record
+    return _count(job_id), _count(submitted_at)
 
 
 def _parse_run(record: dict[str, Any]) -> Run:

@@ -21,6 +21,7 @@ class Reason(StrEnum):
     UNHEALTHY = "unhealthy"
     STARTUP_TIMEOUT = "startup timeout"
     SURPLUS = "surplus"
+    EXPIRING = "expiring"
 
 
 class NoteKind(StrEnum):
@@ -33,6 +34,10 @@ class NoteKind(StrEnum):
     IMAGE_UNKNOWN = "image unknown"
     SUSPENDED = "suspended"
     BACKOFF = "backoff"
+    HALTED = "halted"
+    QUARANTINE = "quarantine"
+    GUARD = "guard"
+    EXPIRING = "expiring"
     BUDGET = "budget"
     ROLLING = "rolling"
     PENDING = "pending"
@@ -86,6 +91,9 @@ class Submit:
     name: ReplicaName
     gpus: int
     reason: Reason
+    walltime_s: int | None = None  # less than the spec's, so that replicas don't end together
+    exclude: tuple[str, ...] = ()  # nodes in quarantine
+    succeeds: JobKey | None = None  # the job that it is to replace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,8 @@ leaving replica's next step is.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from reconciler.memory import CONFIRM_S, backoff_until, unconfirmed
+from reconciler.failures import backoff_until, halted, quarantined
+from reconciler.memory import CONFIRM_S, unconfirmed
 from reconciler.naming import ReplicaName
 from reconciler.plan import (
     Action,
@@ -25,8 +26,9 @@ from reconciler.plan import (
     Status,
     Submit,
 )
+from reconciler.rollover import MARGIN_S, due, last_moment, staggered
 from reconciler.routes import render_gateway
-from reconciler.spec import Fleet, Model
+from reconciler.spec import Fleet, Model, parse_duration
 from reconciler.state import (
     DrainClock,
     Health,
@@ -42,6 +44,8 @@ from reconciler.state import (
 # Two looks without an answer and a replica leaves the upstreams; it takes more to replace it.
 MISSES_TO_DEROUTE = 2
 MISSES_TO_REPLACE = 4
+# vLLM answers /health while it is hung; a token takes milliseconds, a long prompt some seconds.
+HUNG_S = 120.0
 # The longest upload (client_body_timeout 60 s) could still reach an old worker's upstream, and
 # the retry window comes on top.
 IDLE_HOLD_S = 90.0
@@ -54,9 +58,15 @@ _NEVER_STARTS = frozenset(
 )
 
 
-def plan(fleet: Fleet, observation: Observation, memory: Memory) -> Plan:
+def plan(
+    fleet: Fleet,
+    observation: Observation,
+    memory: Memory,
+    allow_destroy: frozenset[str] = frozenset(),
+) -> Plan:
     """Return what to do now. Same input, same plan.
 
+    `allow_destroy` names the models whose serving replicas may end because their block is gone.
     Without a job listing that can be trusted the plan is empty but for its notes: unknown is never
     taken for absent.
     """
@@ -65,7 +75,7 @@ def plan(fleet: Fleet, observation: Observation, memory: Memory) -> Plan:
         return _empty_plan(fleet, observation, blind)
     seen = _Seen(fleet, observation, memory)
     parts = [_decide(model, seen) for model in fleet.models]
-    parts.append(_not_in_spec(seen))
+    parts.append(_not_in_spec(seen, allow_destroy))
     leaving = {job.key: reason for part in parts for job, reason in part.leaving}
     submits, budget_notes = _within_budget(fleet, seen, parts)
     targets = _targets(seen, leaving)
@@ -131,19 +141,33 @@ class _Seen:
         self.observation = observation
         self.memory = memory
         self.at = observation.at
-        jobs = observation.jobs or ()
+        # Adapters leave foreign jobs out; that nothing is ever done to one does not rest on it.
+        ours = (job for job in observation.jobs or () if job.name.fleet == fleet.fleet)
         self.live = tuple(
             sorted(
-                (job for job in jobs if job.phase is not Phase.ENDED),
+                (job for job in ours if job.phase is not Phase.ENDED),
                 key=lambda job: (job.name, job.key),
             )
         )
         self.routed: Mapping[JobKey, Target] = {
             target.key: target for view in observation.gateways for target in view.targets
         }
+        self.quarantined = quarantined(memory, observation.at)
         self.observer_suspect = self._observer_suspect()
         self.statuses = {job.key: self._status(job) for job in self.live}
+        # Once for all jobs: a search for each would cost models times jobs.
+        self.models = {model.name: model for model in fleet.models}
+        self.revisions = {
+            model.name: _revision(model, observation.image_digests) for model in fleet.models
+        }
+        self._jobs_of: dict[str, list[Job]] = {}
+        for job in self.live:
+            self._jobs_of.setdefault(job.name.model, []).append(job)
         self.gpus_held = sum(self._gpus(job) for job in self.live)
+
+    def jobs_of(self, model: str) -> Sequence[Job]:
+        """Return the live jobs that bear a model's name, of any revision."""
+        return self._jobs_of.get(model, ())
 
     def status(self, job: Job) -> Status:
         return self.statuses[job.key]
@@ -153,6 +177,29 @@ class _Seen:
 
     def misses(self, job: Job) -> int:
         return self.memory.misses.get(job.key, 0)
+
+    def hung(self, job: Job) -> bool:
+        """Whether it has had requests for long, and not one token came of them."""
+        progress = self.memory.progress.get(job.key)
+        return progress is not None and self.at - progress.since >= HUNG_S
+
+    def due(self, model: Model, jobs: Sequence[Job]) -> frozenset[JobKey]:
+        """Return which of a model's jobs of one revision must have a successor now."""
+        headroom = self.fleet.budget.gpus - self.gpus_held
+        return due(
+            jobs,
+            at=self.at,
+            leads=self.memory.leads.get(model.name, ()),
+            drain_timeout_s=self.fleet.drain_timeout_s(model),
+            slots=headroom // model.resources.gpus,
+            nodes=self.observation.nodes or {},
+        )
+
+    def must_go(self, model: Model, job: Job) -> bool:
+        """Whether only the drain is left of its walltime."""
+        if job.ends_at is None or job.phase is not Phase.RUNNING:
+            return False
+        return self.at >= last_moment(job.ends_at, self.fleet.drain_timeout_s(model))
 
     def clock(self, job: Job) -> DrainClock:
         return self.memory.drains.get(job.key) or DrainClock(since=self.at)
@@ -185,7 +232,7 @@ class _Seen:
         if probe is None or job.run is None:
             return Status.STARTING
         if probe.health is Health.READY:
-            return Status.READY
+            return Status.SICK if self.hung(job) else Status.READY
         if probe.health is Health.IMPOSTOR:
             return Status.IMPOSTOR
         # At another address, as after a requeue, it has everything to prove again.
@@ -205,12 +252,18 @@ class _Seen:
             return 0  # it serves nobody, and a dead node must not block its own replacement
         if job.comment is not None:
             return job.comment.gpus
-        model = self.fleet.model(job.name.model)
+        model = self.models.get(job.name.model)
         return model.resources.gpus if model else 1
 
     def _node_is_down(self, job: Job) -> bool:
         word = (self.observation.nodes or {}).get(job.nodes, "")
         return word.startswith("down") or word.endswith("*")
+
+
+def _revision(model: Model, digests: Mapping[str, str]) -> str | None:
+    """Return the revision that is wanted of a model, None while its image can't be read."""
+    digest = digests.get(model.image)
+    return None if digest is None else model.revision(digest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,22 +278,29 @@ class _Part:
 
 def _decide(model: Model, seen: _Seen) -> _Part:
     """Decide for one model of the spec."""
-    jobs = [job for job in seen.live if job.name.model == model.name]
-    digest = seen.observation.image_digests.get(model.image)
-    if digest is None:
+    jobs = seen.jobs_of(model.name)
+    revision = seen.revisions[model.name]
+    if revision is None:
         text = seen.observation.image_errors.get(model.image, "its image can't be read")
         note = Note(kind=NoteKind.IMAGE_UNKNOWN, subject=model.name, text=text)
         return _Part(notes=(note,), view=_model_view(model, None, jobs, seen))
-    revision = model.revision(digest)
     view = _model_view(model, revision, jobs, seen)
     if model.suspend:
         note = Note(kind=NoteKind.SUSPENDED, subject=model.name, text="left alone by its spec")
         return _Part(notes=(note,), view=view)
-    leaving = _leaving(model, revision, jobs, seen)
+    expiring = seen.due(model, [job for job in jobs if job.name.revision == revision])
+    leaving = _leaving(model, revision, jobs, expiring, seen)
     gone = {job.key for job, _ in leaving}
     staying = [job for job in jobs if job.key not in gone and _serves(job, seen)]
-    submits, notes = _missing(model, revision, jobs, staying, seen)
+    submits, notes = _missing(model, revision, jobs, staying, expiring, seen)
+    notes += tuple(_expiring_note(job) for job in staying if job.key in expiring)
     return _Part(leaving=tuple(leaving), submits=submits, notes=notes, view=view)
+
+
+def _expiring_note(job: Job) -> Note:
+    text = "its successor is not ready yet; until then it serves"
+    until = None if job.ends_at is None else float(job.ends_at)
+    return Note(kind=NoteKind.EXPIRING, subject=str(job.name), text=text, until=until)
 
 
 def _model_view(model: Model, revision: str | None, jobs: Sequence[Job], seen: _Seen) -> ModelView:
@@ -254,7 +314,7 @@ def _serves(job: Job, seen: _Seen) -> bool:
 
 
 def _leaving(
-    model: Model, revision: str, jobs: Sequence[Job], seen: _Seen
+    model: Model, revision: str, jobs: Sequence[Job], expiring: frozenset[JobKey], seen: _Seen
 ) -> list[tuple[Job, Reason]]:
     """Return which jobs of a model leave and why; each job once, for its first reason."""
     chosen: dict[JobKey, tuple[Job, Reason]] = {}
@@ -267,9 +327,12 @@ def _leaving(
     choose(_duplicates(known, seen), Reason.DUPLICATE)
     for job in (job for job in jobs if seen.status(job) is Status.DRAINING):
         choose([job], Reason.SURPLUS if job.name.revision == revision else Reason.STALE)
-    current = [job for job in known if job.name.revision == revision and job.key not in chosen]
-    stale = [job for job in known if job.name.revision != revision and job.key not in chosen]
-    choose(_stale_to_leave(model, current, stale, seen), Reason.STALE)
+    choose([job for job in known if seen.must_go(model, job)], Reason.EXPIRING)
+    rest = [job for job in known if job.key not in chosen]
+    current = [job for job in rest if job.name.revision == revision and job.key not in expiring]
+    outgoing = [job for job in rest if job.name.revision != revision or job.key in expiring]
+    for job in _outgoing_to_leave(model, current, outgoing, seen):
+        choose([job], Reason.EXPIRING if job.key in expiring else Reason.STALE)
     choose([job for job in current if _is_unhealthy(job, seen)], Reason.UNHEALTHY)
     choose([job for job in current if _is_late(model, job, seen)], Reason.STARTUP_TIMEOUT)
     healthy = [job for job in current if job.key not in chosen]
@@ -280,24 +343,26 @@ def _leaving(
 
 def _duplicates(jobs: Sequence[Job], seen: _Seen) -> list[Job]:
     """Return all but the best job of each name: the one that got furthest, then the oldest."""
+    of_name: dict[ReplicaName, list[Job]] = {}
+    for job in jobs:
+        of_name.setdefault(job.name, []).append(job)
     extra: list[Job] = []
-    for name in {job.name for job in jobs}:
-        same = [job for job in jobs if job.name == name]
+    for same in of_name.values():
         same.sort(key=lambda job: (-_progress(job, seen), job.submitted_at, job.id))
         extra += same[1:]
     return extra
 
 
-def _stale_to_leave(
-    model: Model, current: Sequence[Job], stale: Sequence[Job], seen: _Seen
+def _outgoing_to_leave(
+    model: Model, current: Sequence[Job], outgoing: Sequence[Job], seen: _Seen
 ) -> list[Job]:
-    """Return the replicas of other revisions that may leave: those that nobody would miss.
+    """Return which stale and expiring replicas may leave now: those that nobody would miss.
 
     A silent one may still serve, so it leaves only when enough others are ready without it.
     """
-    serving = [job for job in stale if seen.status(job) is Status.READY]
-    silent = [job for job in stale if seen.status(job) is Status.SILENT]
-    idle = [job for job in stale if job not in serving and job not in silent]
+    serving = [job for job in outgoing if seen.status(job) is Status.READY]
+    silent = [job for job in outgoing if seen.status(job) is Status.SILENT]
+    idle = [job for job in outgoing if seen.status(job) not in (Status.READY, Status.SILENT)]
     ready = len(serving) + sum(1 for job in current if seen.status(job) is Status.READY)
     spare = ready - (model.replicas - seen.fleet.defaults.rollout.max_unavailable)
     if spare < 0:
@@ -307,7 +372,7 @@ def _stale_to_leave(
 
 def _is_unhealthy(job: Job, seen: _Seen) -> bool:
     evident = seen.status(job) in (Status.SICK, Status.IMPOSTOR)
-    return evident and seen.misses(job) >= MISSES_TO_REPLACE
+    return evident and (seen.misses(job) >= MISSES_TO_REPLACE or seen.hung(job))
 
 
 def _is_late(model: Model, job: Job, seen: _Seen) -> bool:
@@ -333,10 +398,16 @@ def _victim_order(job: Job, seen: _Seen) -> tuple[int, bool, bool, float, int, i
 
 
 def _missing(
-    model: Model, revision: str, jobs: Sequence[Job], staying: Sequence[Job], seen: _Seen
+    model: Model,
+    revision: str,
+    jobs: Sequence[Job],
+    staying: Sequence[Job],
+    expiring: frozenset[JobKey],
+    seen: _Seen,
 ) -> tuple[tuple[Submit, ...], tuple[Note, ...]]:
     """Return the submissions that a model lacks, or the note that says why not yet."""
-    current = [job for job in staying if job.name.revision == revision]
+    ours = [job for job in staying if job.name.revision == revision]
+    current = [job for job in ours if job.key not in expiring]
     others = [job for job in jobs if job.name.revision != revision and _serves(job, seen)]
     need = model.replicas - len(current)
     if need <= 0:
@@ -347,36 +418,102 @@ def _missing(
     if count < need:
         text = f"{need - count} more of revision {revision} follow when old replicas have left"
         notes.append(Note(kind=NoteKind.ROLLING, subject=model.name, text=text))
-    failures = seen.memory.failures.get(f"{model.name}.{revision}")
-    until = backoff_until(failures)
-    if failures is not None and until > seen.at:
-        text = f"held: {failures.count} failures on revision {revision}"
-        notes.append(Note(kind=NoteKind.BACKOFF, subject=model.name, text=text, until=until))
-        return (), tuple(notes)
-    taken = {job.name.ordinal for job in jobs}
-    free = (ordinal for ordinal in range(len(taken) + count) if ordinal not in taken)
-    reason = Reason.STALE if others else Reason.MISSING
-    fleet = seen.fleet.fleet
+    held = _held(model, revision, seen)
+    if held is not None:
+        return (), (*notes, held)
+    names = _free_names(model, revision, jobs, count, seen)
+    predecessors = _without_successor([job for job in ours if job.key in expiring], jobs)
+    reasons = [Reason.EXPIRING] * len(predecessors) + [
+        Reason.STALE if others else Reason.MISSING
+    ] * count
     return tuple(
         Submit(
-            name=ReplicaName(fleet=fleet, model=model.name, revision=revision, ordinal=ordinal),
+            name=name,
             gpus=model.resources.gpus,
-            reason=reason,
+            reason=reasons[at],
+            walltime_s=_walltime_s(model, name.ordinal, seen),
+            exclude=tuple(seen.quarantined),
+            succeeds=predecessors[at].key if at < len(predecessors) else None,
         )
-        for ordinal, _ in zip(free, range(count), strict=False)
+        for at, name in enumerate(names)
     ), tuple(notes)
 
 
-def _not_in_spec(seen: _Seen) -> _Part:
+def _held(model: Model, revision: str, seen: _Seen) -> Note | None:
+    """Return why no job of this revision may be submitted now, or None."""
+    failures = seen.memory.failures.get(f"{model.name}.{revision}")
+    until = backoff_until(failures)
+    if failures is None or until <= seen.at:
+        return None
+    bad = halted(failures)
+    if bad is not None:
+        text = f"revision {revision} is halted: {bad}; what serves goes on serving"
+        return Note(kind=NoteKind.HALTED, subject=model.name, text=text, until=until)
+    last = f", the last: {failures.recent[-1].cause}" if failures.recent else ""
+    text = f"held: {failures.count} failures on revision {revision}{last}"
+    return Note(kind=NoteKind.BACKOFF, subject=model.name, text=text, until=until)
+
+
+def _free_names(
+    model: Model, revision: str, jobs: Sequence[Job], count: int, seen: _Seen
+) -> list[ReplicaName]:
+    """Return so many names with the lowest ordinals that no live job of the model holds."""
+    taken = {job.name.ordinal for job in jobs}
+    free = [ordinal for ordinal in range(len(taken) + count) if ordinal not in taken]
+    return [
+        ReplicaName(fleet=seen.fleet.fleet, model=model.name, revision=revision, ordinal=ordinal)
+        for ordinal in free[:count]
+    ]
+
+
+def _without_successor(expiring: Sequence[Job], jobs: Sequence[Job]) -> list[Job]:
+    """Return the expiring jobs that no live job names as its predecessor, soonest end first."""
+    succeeded = {job.comment.succeeds for job in jobs if job.comment is not None}
+    open_ = [job for job in expiring if job.key not in succeeded]
+    return sorted(open_, key=lambda job: (job.ends_at or float("inf"), job.key))
+
+
+def _walltime_s(model: Model, ordinal: int, seen: _Seen) -> int:
+    fleet = seen.fleet
+    floor_s = fleet.startup_timeout_s(model) + fleet.drain_timeout_s(model) + round(MARGIN_S)
+    walltime_s = parse_duration(fleet.slurm_for(model).walltime)
+    return min(walltime_s, staggered(walltime_s, ordinal, floor_s=floor_s))
+
+
+def _not_in_spec(seen: _Seen, allow_destroy: frozenset[str]) -> _Part:
+    """Let go of jobs whose model is gone from the spec; serving ones only when told by name."""
     known = {model.name for model in seen.fleet.models}
-    return _Part(
-        leaving=tuple(
-            (job, Reason.NOT_IN_SPEC)
-            for job in seen.live
-            if job.name.model not in known
-            and seen.status(job) not in (Status.ENDING, Status.UNKNOWN)
+    gone = [
+        job
+        for job in seen.live
+        if job.name.model not in known and seen.status(job) not in (Status.ENDING, Status.UNKNOWN)
+    ]
+    guarded = {job.name.model for job in gone if _is_guarded(job, seen)} - allow_destroy
+    notes = [
+        Note(
+            kind=NoteKind.GUARD,
+            subject=name,
+            text=f"it serves and is gone from the spec; to end it: apply --allow-destroy {name}",
         )
+        for name in sorted(guarded)
+    ]
+    free = (job for job in gone if job.name.model not in guarded or _drain_has_begun(job, seen))
+    return _Part(
+        leaving=tuple((job, Reason.NOT_IN_SPEC) for job in free),
+        notes=tuple(notes),
     )
+
+
+def _drain_has_begun(job: Job, seen: _Seen) -> bool:
+    """Whether a drain was allowed once: it goes on, nobody should have to say it twice."""
+    return job.key in seen.memory.drains or seen.status(job) is Status.DRAINING
+
+
+def _is_guarded(job: Job, seen: _Seen) -> bool:
+    if _drain_has_begun(job, seen):
+        return False
+    protected = job.comment is not None and job.comment.protect
+    return protected or seen.status(job) is Status.READY or job.key in seen.routed
 
 
 def _within_budget(
@@ -456,7 +593,7 @@ def _steps(seen: _Seen, leaving: Mapping[JobKey, Reason]) -> tuple[list[Action],
             continue
         ref = JobRef(id=job.id, submitted_at=job.submitted_at, name=job.name)
         reason = leaving[job.key]
-        model = seen.fleet.model(job.name.model)
+        model = seen.models.get(job.name.model)
         timeout_s = (
             seen.fleet.drain_timeout_s(model) if model else seen.fleet.defaults.drain_timeout_s
         )
@@ -503,6 +640,9 @@ def _observation_notes(seen: _Seen) -> list[Note]:
         count = seen.observation.odd_lines
         text = f"{count} of squeue's lines could not be read; those jobs are left alone"
         notes.append(Note(kind=NoteKind.ODD_LINES, subject="slurm", text=text))
+    for node, until in seen.quarantined.items():
+        text = "several jobs failed there and none elsewhere; new ones avoid it"
+        notes.append(Note(kind=NoteKind.QUARANTINE, subject=node, text=text, until=until))
     if seen.observer_suspect:
         text = "most replicas are silent at once: suspecting this host's network, routes stay"
         notes.append(Note(kind=NoteKind.OBSERVER, subject="probes", text=text))
@@ -537,6 +677,8 @@ def _detail(job: Job, seen: _Seen) -> str:
     if status is Status.UNKNOWN:
         what = "its comment can't be read" if job.comment is None else f"Slurm says {job.state}"
         return f"{what}; left alone"
+    if status is Status.SICK and seen.hung(job):
+        return f"hung: it has requests and made no token for {HUNG_S:.0f} s"
     if status is Status.STARTING and job.run is None:
         return "the job runs; its address is not published yet"
     if status is Status.STARTING:
@@ -548,9 +690,9 @@ def _view(job: Job, seen: _Seen, leaving: Mapping[JobKey, Reason]) -> ReplicaVie
     status = seen.status(job)
     if job.key in leaving and status is not Status.DRAINING:
         status = Status.LEAVING
-    model = seen.fleet.model(job.name.model)
-    digest = seen.observation.image_digests.get(model.image) if model else None
-    current = model is not None and (digest is None or job.name.revision == model.revision(digest))
+    # While its image can't be read a model's revision is unknown: nothing counts as another one.
+    wanted = seen.revisions.get(job.name.model, "")
+    current = wanted is None or job.name.revision == wanted
     return ReplicaView(
         name=job.name,
         job_id=job.id,

@@ -1,12 +1,13 @@
-"""The JSON of a plan as text for people, made from the JSON only, so they can't disagree."""
+"""The JSON of plans and events as text for people, made from the JSON only: they can't disagree."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from datetime import UTC, datetime
 from typing import Any
 
 # With one of these notes the plan shows no replicas because none could be seen.
 _BLIND = {"no listing", "suspicious listing"}
 _SIGNS = {"submit": "+", "route": "~", "drain": "-", "cancel": "x"}
+_EVENTS_EXPLAINED = 10
 
 Record = Mapping[str, Any]
 
@@ -17,8 +18,7 @@ def plan_text(plan: Record) -> str:
     if plan["actions"]:
         parts.append(columns([_action_row(action) for action in plan["actions"]]))
     if plan["notes"]:
-        rows = [("", note["subject"], f"{note['kind']}:", _note(note)) for note in plan["notes"]]
-        parts.append("Not done now:\n" + columns(rows))
+        parts.append(_notes(plan["notes"]))
     return "\n\n".join(parts)
 
 
@@ -29,14 +29,59 @@ def status_text(plan: Record) -> str:
         (view["name"], view["revision"] or "unknown", str(view["wanted"]), str(view["ready"]))
         for view in plan["models"]
     ]
-    replicas: list[tuple[str, ...]] = [
-        ("REPLICA", "JOB", "STATUS", "ROUTED", "NODE", "ADDRESS", "DETAIL")
-    ]
-    replicas += [_replica_row(view) for view in plan["replicas"]]
-    parts = [_headline(plan), columns(models)]
-    parts.append(columns(replicas) if plan["replicas"] else "No replica is live.")
+    parts = [_headline(plan), columns(models), _replicas(plan["replicas"])]
     held = [note for note in plan["notes"] if note["subject"] not in _names(plan)]
     parts += [f"{note['subject']}: {note['kind']}: {_note(note)}" for note in held]
+    return "\n\n".join(parts)
+
+
+def events_text(record: Record) -> str:
+    """Return the journal as a table, the latest event last."""
+    if not record["events"]:
+        return "No events yet: nothing was done for this fleet from this host."
+    head = ("TIME (UTC)", "ACTION", "SUBJECT", "REASON", "OUTCOME")
+    return columns([head, *map(_event_row, record["events"])])
+
+
+def explanation(plan: Record, events: Sequence[Record], name: str) -> Record | None:
+    """Return the part of plan and journal that is about the model or replica `name`.
+
+    None if neither knows it. What keeps everything from being seen is about each of them.
+    """
+    model = next((view for view in plan["models"] if view["name"] == name), None)
+
+    def ours(subject: str) -> bool:
+        return subject == name or subject.startswith(f"{plan['fleet']}.{name}.")
+
+    replicas = [view for view in plan["replicas"] if ours(replica_name(view["name"]))]
+    if model is None and not replicas and not any(ours(event["subject"]) for event in events):
+        return None
+    jobs = {str(view["job_id"]) for view in replicas}
+    told = [event for event in events if ours(event["subject"]) or _routes(event["action"], jobs)]
+    return {
+        "name": name,
+        "model": model,
+        "replicas": replicas,
+        "actions": [a for a in plan["actions"] if ours(_subject(a)) or _routes(a, jobs)],
+        "notes": [n for n in plan["notes"] if ours(n["subject"]) or n["kind"] in _BLIND],
+        "events": told[-_EVENTS_EXPLAINED:],
+    }
+
+
+def explain_text(record: Record) -> str:
+    """Return an `explanation` for people."""
+    parts = [record["name"]]
+    if model := record["model"]:
+        revision = model["revision"] or "unknown"
+        counts = f"{model['ready']} of {_count(model['wanted'], 'replica')} ready"
+        parts = [f"{model['name']}: {counts}; revision {revision}"]
+    parts.append(_replicas(record["replicas"]))
+    if record["actions"]:
+        rows = [_action_row(action) for action in record["actions"]]
+        parts.append("To be done now:\n" + columns(rows))
+    if record["notes"]:
+        parts.append(_notes(record["notes"]))
+    parts.append("Last events:\n" + events_text(record) if record["events"] else "No events.")
     return "\n\n".join(parts)
 
 
@@ -103,18 +148,55 @@ def _headline(plan: Record) -> str:
     return f"fleet {plan['fleet']}: {what}; {plan['gpus_held']} of {plan['gpus_budget']} GPUs held"
 
 
+def _notes(notes: Sequence[Record]) -> str:
+    rows = [("", note["subject"], f"{note['kind']}:", _note(note)) for note in notes]
+    return "Not done now:\n" + columns(rows)
+
+
 def _action_row(action: Record) -> tuple[str, str, str, str]:
     kind = action["kind"]
-    if kind == "submit":
-        what = f"{action['reason']} ({_count(action['gpus'], 'GPU')})"
-        return (f"  {_SIGNS[kind]}", kind, replica_name(action["name"]), what)
-    if kind == "route":
-        changes = [f"+{job}" for job in action["added"]] + [f"-{job}" for job in action["removed"]]
-        jobs = f", jobs {' '.join(changes)}" if changes else ""
-        what = f"{_count(len(action['targets']), 'replica')}{jobs}"
-        return (f"  {_SIGNS[kind]}", kind, ", ".join(action["gateways"]), what)
-    what = f"{action['reason']} (job {action['job']['id']})"
-    return (f"  {_SIGNS[kind]}", kind, replica_name(action["job"]["name"]), what)
+    return (f"  {_SIGNS[kind]}", kind, _subject(action), _why(action))
+
+
+def _subject(action: Record) -> str:
+    if action["kind"] == "route":
+        return ", ".join(action["gateways"])
+    return replica_name(action["name"] if action["kind"] == "submit" else action["job"]["name"])
+
+
+def _why(action: Record) -> str:
+    if action["kind"] == "submit":
+        return f"{action['reason']} ({_count(action['gpus'], 'GPU')})"
+    if action["kind"] == "route":
+        # The journal keeps what changed, not all the targets.
+        targets = [_count(len(action["targets"]), "replica")] if "targets" in action else []
+        jobs = [f"+{job}" for job in action["added"]] + [f"-{job}" for job in action["removed"]]
+        return ", ".join(targets + ([f"jobs {' '.join(jobs)}"] if jobs else []))
+    return f"{action['reason']} (job {action['job']['id']})"
+
+
+def _routes(action: Record | None, jobs: Set[str]) -> bool:
+    """Whether an action begins or ends to route one of these jobs."""
+    if not action or action.get("kind") != "route":
+        return False
+    return not jobs.isdisjoint([*action.get("added", ()), *action.get("removed", ())])
+
+
+def _event_row(event: Record) -> tuple[str, str, str, str, str]:
+    at = datetime.fromtimestamp(event["at"], UTC)
+    try:
+        why = _why(event["action"])
+    except (KeyError, TypeError):
+        why = event["reason"]  # another version's action may have other fields
+    outcome = ": ".join(filter(None, (event["result"], event["detail"])))
+    return (f"{at:%Y-%m-%d %H:%M:%S}", event["kind"], event["subject"], why, outcome)
+
+
+def _replicas(views: Sequence[Record]) -> str:
+    if not views:
+        return "No replica is live."
+    head = ("REPLICA", "JOB", "STATUS", "ROUTED", "NODE", "ADDRESS", "DETAIL")
+    return columns([head, *map(_replica_row, views)])
 
 
 def _replica_row(view: Record) -> tuple[str, ...]:

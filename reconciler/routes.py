@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from reconciler.naming import LABEL, checked_address
 from reconciler.spec import Fleet
@@ -45,7 +45,10 @@ class GatewayFiles:
 def render_gateway(fleet: Fleet, targets: Iterable[Target]) -> GatewayFiles:
     """Return what every gateway of the fleet runs when exactly `targets` get requests."""
     ordered = tuple(sorted(set(targets)))
-    by_model = {model.name: [t for t in ordered if t.model == model.name] for model in fleet.models}
+    # A model that is gone from the spec and still guarded is served by its name.
+    by_model: dict[str, list[Target]] = {model.name: [] for model in fleet.models}
+    for target in ordered:
+        by_model.setdefault(target.model, []).append(target)
     parts = {
         "fleet.conf": _fleet_conf(fleet, by_model),
         "fleet.js": _fleet_js(fleet, by_model),
@@ -83,8 +86,18 @@ def _target(*, model: str, job_id: int, submitted_at: int, address: str) -> Targ
 
 
 def _targets_json(targets: tuple[Target, ...]) -> str:
-    record = {"generation": GENERATION_MARK, "targets": [asdict(target) for target in targets]}
+    record = {"generation": GENERATION_MARK, "targets": [_entry(target) for target in targets]}
     return json.dumps(record, indent=1) + "\n"
+
+
+def _entry(target: Target) -> Mapping[str, str | int]:
+    """Return what `_target` reads; by hand, as asdict's deep copies were half of the rendering."""
+    return {
+        "model": target.model,
+        "job_id": target.job_id,
+        "submitted_at": target.submitted_at,
+        "address": target.address,
+    }
 
 
 def _fleet_conf(fleet: Fleet, by_model: Mapping[str, list[Target]]) -> str:
@@ -112,7 +125,7 @@ def _upstream(model: str, members: list[Target]) -> str:
 
 def _fleet_js(fleet: Fleet, by_model: Mapping[str, list[Target]]) -> str:
     """Return the njs module; names reach it as JSON, so no character of theirs is special."""
-    upstreams = {}
+    upstreams: dict[str, str | None] = {}
     listed = []
     for model in fleet.models:
         ready = bool(by_model[model.name])
@@ -120,6 +133,9 @@ def _fleet_js(fleet: Fleet, by_model: Mapping[str, list[Target]]) -> str:
         for name in model.names:
             upstreams[name] = f"model.{model.name}" if ready else None
             listed.append({"id": name, "object": "model", "owned_by": fleet.fleet, "state": state})
+    for name in sorted(by_model.keys() - {model.name for model in fleet.models}):
+        upstreams[name] = f"model.{name}"
+        listed.append({"id": name, "object": "model", "owned_by": fleet.fleet, "state": "ready"})
     listing = json.dumps({"object": "list", "data": listed})
     return (
         # JSON.parse: in an object literal the key "__proto__" would not be a key.

@@ -196,6 +196,7 @@ class Model(Strict):
     resources: Resources
     replicas: Replicas
     suspend: bool = False
+    protect: bool = Field(False, description="its jobs outlive its block in this spec")
     slurm: SlurmOverride = SlurmOverride()
     startup_timeout_s: Positive | None = None
     drain_timeout_s: Positive | None = None

@@ -51,9 +51,18 @@ PHASES: Mapping[str, Phase] = {
 # Not Slurm's: the state of a job whose line could not be read, so of Phase.UNKNOWN.
 UNREADABLE = "UNREADABLE"
 
-# Ends that say something about the revision itself; after the others (a node, preemption, a
-# walltime, our own cancel) a replica is replaced at once.
-FAILURES = frozenset({"FAILED", "OUT_OF_MEMORY"})
+
+class Cause(StrEnum):
+    """Why a job ended that nobody told to end."""
+
+    ARGUMENTS = "the engine refuses its arguments"
+    ENGINE = "the engine ended"
+    IMAGE = "its image is missing"
+    MEMORY = "out of memory"
+    NODE = "the node failed"
+    PREEMPTED = "preempted"
+    WALLTIME = "its walltime ended"
+    WEIGHTS = "its weights are missing"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +79,7 @@ class Job:
     ends_at: int | None
     restarts: int
     comment: Comment | None  # None: unreadable, so nothing is known of its address
+    exit_status: int | None = None  # of the batch script, once it has ended
 
     @property
     def key(self) -> JobKey:
@@ -104,6 +114,7 @@ class Probe:
 
     health: Health
     ongoing: int | None = None
+    tokens: float | None = None  # generated since the engine started; it stands still when hung
     detail: str = ""
 
 
@@ -156,12 +167,31 @@ class DrainClock:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """One job that ended by itself: where, why and when."""
+
+    node: str
+    cause: Cause
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Failures:
     """How often jobs of one revision have failed in a row, and when last."""
 
-    count: int
+    count: int  # since a replica of it was ready; only failures that are the revision's
     last_at: float
     counted: frozenset[JobKey]
+    recent: tuple[Failure, ...] = ()  # oldest first, those of nodes among them
+    was_ready: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """An engine's token counter, and since when it stands still although there are requests."""
+
+    tokens: float
+    since: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,4 +201,7 @@ class Memory:
     misses: Mapping[JobKey, int] = field(default_factory=dict)  # failed looks in a row
     drains: Mapping[JobKey, DrainClock] = field(default_factory=dict)
     failures: Mapping[str, Failures] = field(default_factory=dict)  # "model.revision" ->
+    leads: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # model -> seconds
+    led: frozenset[JobKey] = frozenset()  # whose lead time is among them
+    progress: Mapping[JobKey, Progress] = field(default_factory=dict)
     emptied_at: float | None = None  # first look at which all known jobs were gone at once

@@ -23,9 +23,11 @@ _AT_ONCE = 100
 # A scrape of vLLM is some 50 KB; whoever sends more than this is something else.
 _ANSWER_MAX = 4 * 1024 * 1024
 
+# Over all engines of one API server (the label `engine`).
 _ONGOING = re.compile(
     r"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? ([0-9.eE+-]+)$", re.MULTILINE
 )
+_TOKENS = re.compile(r"^vllm:generation_tokens_total(?:\{[^}]*\})? ([0-9.eE+-]+)$", re.MULTILINE)
 
 
 class HttpEngines:
@@ -56,7 +58,7 @@ async def _probe(client: httpx.AsyncClient, job: Job, run: Run, proven: bool) ->
         if not proven:
             async with asyncio.timeout(_COMPLETION_TIMEOUT_S):
                 wrong = await _complete(client, base, job.name.model)
-        return wrong or Probe(health=Health.READY, ongoing=await _ongoing(client, base))
+        return wrong or await _load(client, base)
     except (TimeoutError, httpx.TimeoutException):
         return Probe(health=Health.SILENT, detail="no answer in time")
     except httpx.NetworkError as error:
@@ -101,13 +103,15 @@ async def _complete(client: httpx.AsyncClient, base: str, model: str) -> Probe |
     return None
 
 
-async def _ongoing(client: httpx.AsyncClient, base: str) -> int | None:
-    """Return the requests that a replica is busy with; without metrics that is unknown."""
+async def _load(client: httpx.AsyncClient, base: str) -> Probe:
+    """Return a ready replica's probe with what its metrics tell; without them that is unknown."""
     try:
         async with asyncio.timeout(_TIMEOUT_S):
-            return parse_ongoing(await _get(client, f"{base}/metrics"))
+            metrics = await _get(client, f"{base}/metrics")
     except (TimeoutError, httpx.HTTPError, ValueError):
-        return None
+        return Probe(health=Health.READY)
+    ongoing, tokens = parse_metrics(metrics)
+    return Probe(health=Health.READY, ongoing=ongoing, tokens=tokens)
 
 
 async def _get(client: httpx.AsyncClient, url: str) -> str:
@@ -122,7 +126,11 @@ async def _get(client: httpx.AsyncClient, url: str) -> str:
     return text.decode(errors="replace")
 
 
-def parse_ongoing(metrics: str) -> int | None:
-    """Return a scrape's running plus waiting requests, None if it tells neither."""
-    values = _ONGOING.findall(metrics)
-    return round(sum(map(float, values))) if values else None
+def parse_metrics(metrics: str) -> tuple[int | None, float | None]:
+    """Return running plus waiting requests, and generated tokens; None for what is not told."""
+    ongoing, tokens = (_sum(names.findall(metrics)) for names in (_ONGOING, _TOKENS))
+    return (None if ongoing is None else round(ongoing)), tokens
+
+
+def _sum(values: Sequence[str]) -> float | None:
+    return sum(map(float, values)) if values else None

@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
-from reconciler.plan import JobRef
+from reconciler.plan import Action, JobRef
 from reconciler.routes import GatewayFiles
 from reconciler.spec import Fleet
 from reconciler.state import GatewayView, Job, JobKey, Memory, Probe
@@ -73,14 +74,34 @@ class Images(Protocol):
         """Return the pin of each image of the spec, and one line for each that has none."""
 
 
+class Result(StrEnum):
+    """How an action ended, for the journal."""
+
+    DONE = "done"
+    FAILED = "failed"
+    UNKNOWN = "unknown"  # it may have happened; the next look shows it
+
+
 class Store(Protocol):
-    """Where memory lives between cycles."""
+    """Where memory and journal live between cycles. Only the holder of the lock writes."""
 
     def load(self) -> Memory:
-        """Return the memory, an empty one if there is none or it can't be read."""
+        """Return the memory; what is not there or can't be read has its default.
+
+        Raises StateFailed if a newer program wrote it.
+        """
 
     def save(self, memory: Memory) -> None:
         """Replace the memory atomically. Raises StateFailed."""
+
+    def intend(self, at: float, action: Action) -> int:
+        """Commit, before it is done, that an action is about to be; return the intent's number.
+
+        `at` is the cycle's time (epoch seconds). Raises StateFailed.
+        """
+
+    def conclude(self, intent: int, result: Result, detail: str) -> None:
+        """Write how an intended action ended, in at most one line. Raises StateFailed."""
 
     def locked(self) -> AbstractContextManager[None]:
         """Hold the fleet's one lock. Raises LockHeld, which says who has it, or StateFailed."""

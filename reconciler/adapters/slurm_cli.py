@@ -25,7 +25,7 @@ _TIMEOUT_S = 20.0
 # squeue's names of the fields, in the order that `_job` takes them.
 _FIELDS = (
     *("JobID", "UserName", "State", "SubmitTime", "StartTime", "EndTime", "NodeList"),
-    *("Reason", "RestartCnt", "Name", "Comment"),
+    *("Reason", "RestartCnt", "Name", "exit_code", "Comment"),
 )
 
 # sbatch's words for "it may have been accepted" (slurm_errno.h; seen on 22.05 and 24.11).
@@ -139,7 +139,7 @@ def parse_listing(output: str, *, mark: str, fleet: str, user: str) -> Listing:
 
 
 def _job(record: Sequence[str], name: ReplicaName) -> Job:
-    job_id, _, state, submitted, started, ends, nodes, reason, restarts, _, comment = record
+    job_id, _, state, submitted, started, ends, nodes, reason, restarts, _, status, comment = record
     # The end of the record before stands in front of the first field.
     key, count = (_number(job_id.lstrip("\n")), _number(submitted)), _number(restarts)
     readable = bool(state) and None not in (*key, count)
@@ -154,7 +154,15 @@ def _job(record: Sequence[str], name: ReplicaName) -> Job:
         ends_at=_number(ends),
         restarts=count or 0,
         comment=parse_comment(comment) if readable else None,
+        exit_status=_exit_status(status),
     )
+
+
+def _exit_status(text: str) -> int | None:
+    """Return the exit status in `7:0` (status:signal) or, before 23.02, the raw word `1792`."""
+    status, colon, _ = text.partition(":")
+    number = _number(status)
+    return number if colon or number is None else number >> 8
 
 
 def _number(text: str) -> int | None:

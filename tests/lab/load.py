@@ -57,7 +57,7 @@ async def in_flight(
     limits = httpx.Limits(max_connections=plain + streams)
     async with httpx.AsyncClient(timeout=PATIENCE_S, limits=limits, trust_env=False) as client:
         tasks = [asyncio.create_task(_send(client, url, model, tokens, r)) for r in load.requests]
-        while not all(r.chunks or r.error or r.done for r in load.of(stream=True)):
+        while not all(r.chunks or r.seconds for r in load.of(stream=True)):
             await asyncio.sleep(0.02)
         load.begun.set()
         yield load
@@ -83,11 +83,11 @@ async def _send(
             request.status = answer.status_code
             lines: Sequence[str] = []
             async for line in answer.aiter_lines():
-                if request.stream:
+                if request.stream and answer.status_code == 200:
                     _take_event(request, line)
                 else:
                     lines = [*lines, line]
-            if not request.stream:
+            if not request.stream or answer.status_code != 200:
                 _take_whole(request, "\n".join(lines))
     except (httpx.HTTPError, ValueError) as error:
         request.error = f"{type(error).__name__}: {error}"
@@ -109,7 +109,7 @@ def _take_event(request: Request, line: str) -> None:
 def _take_whole(request: Request, text: str) -> None:
     answer = json.loads(text)
     if request.status != 200:
-        request.error = str(answer.get("error"))
+        request.error = str(answer)
         return
     request.finish = answer["choices"][0]["finish_reason"]
     request.done = True

@@ -14,6 +14,7 @@ import pytest
 
 from reconciler.batch import batch_script, engine_argument
 from reconciler.naming import ReplicaName, parse_comment
+from reconciler.plan import Reason, Submit
 from reconciler.spec import Fleet
 from tests.unit.build import fleet, model_record
 
@@ -33,7 +34,8 @@ NASTY = [
 def script_of(wanted: Fleet, program: str = "/opt/engine") -> str:
     model = wanted.models[0]
     name = ReplicaName(fleet="demo", model=model.name, revision="0123abcd", ordinal=3)
-    return batch_script(wanted, model, name, program=program, commit=COMMIT)
+    submit = Submit(name=name, gpus=model.resources.gpus, reason=Reason.MISSING)
+    return batch_script(wanted, model, submit, program=program, commit=COMMIT)
 
 
 def script(program: str = "/opt/engine", top: dict[str, Any] | None = None, **keys: Any) -> str:

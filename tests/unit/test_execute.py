@@ -1,14 +1,18 @@
 """Actions are performed in order; what fails stops nothing else; nobody else's job is ended."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from reconciler.adapters.ports import ImagePin, Listing
+import pytest
+
+from reconciler.adapters.ports import ImagePin, Listing, Result
 from reconciler.errors import (
     FleetError,
     GatewayFailed,
     SlurmUnavailable,
+    StateFailed,
     SubmitRejected,
     SubmitUnknown,
 )
@@ -36,6 +40,7 @@ class FakeWorld:
     live: Sequence[Job] = ()
     fail: Mapping[str, FleetError] = field(default_factory=dict)
     done: list[str] = field(default_factory=list)
+    journal: "FakeJournal" = field(default_factory=lambda: FakeJournal())
 
     def _do(self, what: str) -> None:
         if what in self.fail:
@@ -43,13 +48,14 @@ class FakeWorld:
         self.done.append(what)
 
     def world(self) -> World:
-        unused: Any = None  # execute asks no replica and no image, and has no memory
+        unused: Any = None  # execute asks no replica and no image
+        self.journal.done = self.done
         return World(
             slurm=self,
             gateways=FakeGateways(self),
             engines=unused,
             images=unused,
-            store=unused,
+            store=self.journal,
         )
 
     def jobs(self, fleet: str) -> Listing:
@@ -86,6 +92,38 @@ class FakeGateways:
 
     def change(self, name: str, files: GatewayFiles) -> None:
         self.world._do(f"change {name} {files.generation}")
+
+
+@dataclass
+class FakeJournal:
+    """A store that lists what is written; `full` is after how many writes its disk is full."""
+
+    full: int = 1000
+    done: list[str] = field(default_factory=list)  # of the world, to know what came first
+    rows: list[str] = field(default_factory=list)
+
+    def intend(self, at: float, action: Action) -> int:
+        self._write(f"{action.kind} intended at {at:.0f}, {len(self.done)} done")
+        return len(self.rows)
+
+    def conclude(self, intent: int, result: Result, detail: str) -> None:
+        assert "intended" in self.rows[intent - 1]
+        self._write(f"{intent} {result}, {len(self.done)} done: {detail}")
+
+    def load(self) -> Memory:
+        return Memory()
+
+    def save(self, memory: Memory) -> None:
+        assert memory is not None
+        self._write(f"memory saved, {len(self.done)} done")
+
+    def locked(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def _write(self, row: str) -> None:
+        if len(self.rows) >= self.full:
+            raise StateFailed("state.sqlite can't be written: disk is full")
+        self.rows.append(row)
 
 
 def made(*actions: Action) -> Plan:
@@ -226,3 +264,68 @@ def test_plan_of_a_converged_fleet_does_nothing() -> None:
     fake = FakeWorld()
     assert perform(plan(FLEET, observation(*jobs, gateways=gateways), Memory()), fake) == []
     assert fake.done == []
+
+
+def test_R05_intent_is_written_before_and_outcome_after_each_effect() -> None:
+    """Done, failed or unknown, with the new job's id or the error's line."""
+    submits = [
+        Submit(name=replace(ONE.name, ordinal=at), gpus=1, reason=Reason.MISSING) for at in (0, 1)
+    ]
+    generation = to(ONE).generation
+    fails: dict[str, FleetError] = {
+        f"submit demo.tiny.{REV}.1": SubmitUnknown("sbatch: timed out"),
+        f"change b {generation}": GatewayFailed("gateway b: broken"),
+    }
+    fake = FakeWorld(live=(ONE,), fail=fails)
+    perform(made(*submits, to(ONE), drain(ONE), cancel(TWO)), fake)
+    assert fake.done == [
+        *("list demo", f"submit demo.tiny.{REV}.0", f"change a {generation}", "drain 1"),
+    ]
+    assert fake.journal.rows == [
+        *("submit intended at 1000000, 1 done", "1 done, 2 done: job 102"),
+        *("submit intended at 1000000, 2 done", "3 unknown, 2 done: sbatch: timed out"),
+        *("route intended at 1000000, 2 done", "5 failed, 3 done: gateway b: broken"),
+        *("drain intended at 1000000, 3 done", "7 done, 4 done: "),
+        "cancel intended at 1000000, 4 done",
+        "9 failed, 4 done: the job is not there any more; looking again in the next cycle",
+    ]
+
+
+def test_R05_reconciler_killed_in_an_effect_leaves_an_intent_without_outcome() -> None:
+    """What may have happened stays written down as such."""
+
+    class Killed(BaseException):
+        pass
+
+    class Dying(FakeWorld):
+        def submit(self, script: str) -> int:
+            raise Killed(script)
+
+    fake = Dying()
+    with pytest.raises(Killed):
+        perform(plan(FLEET, observation(), Memory()), fake)
+    assert fake.journal.rows == ["submit intended at 1000000, 0 done"]
+
+
+@pytest.mark.parametrize("full", range(5))
+def test_R32_journal_that_can_not_be_written_stops_nothing(full: int) -> None:
+    """Whichever write meets the full disk: every action is done, and one line says so."""
+    fake = FakeWorld(live=(ONE, TWO), journal=FakeJournal(full=full))
+    errors = perform(made(to(ONE), drain(ONE), cancel(TWO)), fake)
+    assert errors == ["journal: state.sqlite can't be written: disk is full"]
+    assert len(fake.journal.rows) == full
+    assert [what.split()[0] for what in fake.done] == [
+        "list",
+        "change",
+        "change",
+        "drain",
+        "cancel",
+    ]
+
+
+def test_R32_journal_error_comes_beside_those_of_actions() -> None:
+    """One broken thing does not hide another."""
+    fails: dict[str, FleetError] = {"drain 1": SlurmUnavailable("scancel: no answer")}
+    fake = FakeWorld(live=(ONE,), fail=fails, journal=FakeJournal(full=0))
+    errors = perform(made(drain(ONE)), fake)
+    assert [error.split(":")[0] for error in errors] == [f"drain {ONE.name}", "journal"]

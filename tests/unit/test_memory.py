@@ -5,37 +5,15 @@ from typing import Any
 
 import pytest
 
-from reconciler.memory import (
-    BACKOFF_FIRST_S,
-    BACKOFF_MOST_S,
-    CONFIRM_S,
-    backoff_until,
-    learn,
-    remember,
-    unconfirmed,
-)
+from reconciler.memory import CONFIRM_S, learn, remember, unconfirmed
 from reconciler.planner import plan
-from reconciler.state import (
-    FAILURES,
-    PHASES,
-    DrainClock,
-    Failures,
-    Health,
-    Job,
-    Memory,
-    Observation,
-    Phase,
-)
+from reconciler.state import DrainClock, Failures, Health, Job, Memory, Observation
 from tests.unit.build import AT, fleet, job, model_record, observation, revision, view
 
 FLEET = fleet()
 REV = revision(FLEET)
 NOTHING = Memory()
 ONE = job(REV)
-
-
-def failures(memory: Memory) -> dict[str, int]:
-    return {key: seen.count for key, seen in memory.failures.items()}
 
 
 def test_R10_misses_count_in_a_row_and_end_with_an_answer() -> None:
@@ -88,53 +66,6 @@ def test_drain_clock_is_forgotten_when_the_replica_stays() -> None:
     wanted = fleet(model_record(replicas=1))
     decided = plan(wanted, observation(ONE, gateways=[view(wanted, ONE)]), memory)
     assert remember(memory, decided).drains == {}
-
-
-@pytest.mark.parametrize("state", sorted(PHASES))
-def test_failure_is_counted_once_and_only_for_ends_of_the_revision(state: str) -> None:
-    """A crash or lack of memory is the revision's; a node, preemption or cancel is not."""
-    ended = job(REV, state=state)
-    memory = learn(learn(NOTHING, observation(ended)), observation(ended, at=AT + 1))
-    counted = state in {"FAILED", "OUT_OF_MEMORY"}
-    assert failures(memory) == ({f"tiny.{REV}": 1} if counted else {})
-
-
-def test_failure_states_are_ends() -> None:
-    """What counts as a failure has ended."""
-    assert {PHASES[state] for state in FAILURES} == {Phase.ENDED}
-
-
-def test_R25_failures_of_a_revision_add_up_until_one_is_ready() -> None:
-    """Each failed job counts; a replica that becomes ready clears its revision."""
-    memory = NOTHING
-    for number in range(1, 4):
-        memory = learn(memory, observation(job(REV, id=number, state="FAILED"), at=AT + number))
-        assert failures(memory) == {f"tiny.{REV}": number}
-    assert memory.failures[f"tiny.{REV}"].last_at == AT + 3
-    memory = learn(memory, observation(job(REV, id=3, state="FAILED"), job(REV, id=4)))
-    assert failures(memory) == {f"tiny.{REV}": 0}
-    again = learn(memory, observation(job(REV, id=3, state="FAILED"), job(REV, id=4)))
-    assert failures(again) == {f"tiny.{REV}": 0}
-
-
-@pytest.mark.parametrize("known_by", ["memory", "comment"])
-def test_end_of_a_drained_job_is_no_failure(known_by: str) -> None:
-    """An engine that was told to end may report its TERM as an error."""
-    ended = job(REV, state="FAILED", draining=known_by == "comment")
-    clocks = {ended.key: DrainClock(since=AT)} if known_by == "memory" else {}
-    assert failures(learn(Memory(drains=clocks), observation(ended))) == {}
-
-
-def test_backoff_doubles_up_to_its_limit() -> None:
-    """The first failure costs seconds, the tenth minutes, and no count overflows."""
-    waits = [
-        backoff_until(Failures(count=count, last_at=AT, counted=frozenset())) - AT
-        for count in (1, 2, 3, 100, 10**9)
-    ]
-    first = BACKOFF_FIRST_S
-    assert waits == [first, 2 * first, 4 * first, BACKOFF_MOST_S, BACKOFF_MOST_S]
-    assert backoff_until(None) == 0.0
-    assert backoff_until(Failures(count=0, last_at=AT, counted=frozenset())) == 0.0
 
 
 def empty(at: float, *routed: Job) -> Observation:

@@ -420,7 +420,7 @@ def test_suspended_model_does_not_keep_a_fleet_from_being_converged() -> None:
     assert plan(wanted, observation(gateways=[view(wanted)]), NOTHING).converged
 
 
-def test_model_that_is_not_in_the_spec_leaves() -> None:
+def test_model_that_is_not_in_the_spec_leaves_when_told_by_name() -> None:
     """Jobs of a model whose block is gone drain; unknown and ending ones are not touched."""
     gone = (
         job(OLD, id=3, model="gone"),
@@ -428,9 +428,41 @@ def test_model_that_is_not_in_the_spec_leaves() -> None:
         job(OLD, id=5, model="gone", ordinal=2, state="COMPLETING"),
         job(OLD, id=6, model="gone", ordinal=3, vandalised=True),
     )
-    decided = plan(FLEET, settled(*gone), NOTHING)
+    decided = plan(FLEET, settled(*gone), NOTHING, frozenset({"gone"}))
     assert leaving(decided) == {3: "not in spec", 4: "not in spec"}
     assert ended(decided) == {3: "drain: not in spec", 4: "cancel: not in spec"}
+
+
+def test_R33_block_deleted_by_accident_ends_no_serving_replica() -> None:
+    """Without its name in allow_destroy a model that serves stays routed, and a note says how."""
+    gone = job(OLD, id=3, model="gone")
+    decided = plan(FLEET, settled(gone), NOTHING)
+    assert ended(decided) == {}
+    (route,) = [action for action in decided.actions if action.kind == "route"]
+    assert 3 in {target.job_id for target in route.targets}
+    (note,) = [note for note in decided.notes if note.kind is NoteKind.GUARD]
+    assert "--allow-destroy gone" in note.text
+
+
+def test_R33_model_that_serves_nobody_needs_no_permission() -> None:
+    """Jobs that wait or load are free to end: nobody would miss them."""
+    waiting = job(OLD, id=3, model="gone", state="PENDING")
+    loading = job(OLD, id=4, model="gone", ordinal=1, ready_at=None)
+    seen = settled(waiting, loading, healths={4: Health.STARTING})
+    assert ended(plan(FLEET, seen, NOTHING)) == {
+        3: "cancel: not in spec",
+        4: "drain: not in spec",
+    }
+
+
+def test_R33_protected_job_outlives_its_block_even_while_it_loads() -> None:
+    """The protection is on the job itself: an edit of the spec can't take it away unseen."""
+    bare = job(OLD, id=4, model="gone", ready_at=None)
+    assert bare.comment is not None
+    guarded = replace(bare, comment=replace(bare.comment, protect=True))
+    seen = settled(guarded, healths={4: Health.STARTING})
+    assert ended(plan(FLEET, seen, NOTHING)) == {}
+    assert ended(plan(FLEET, seen, NOTHING, frozenset({"gone"}))) == {4: "drain: not in spec"}
 
 
 def test_image_that_can_not_be_read_holds_its_model_and_no_other() -> None:
@@ -592,7 +624,7 @@ def test_R20_state_of_slurm_has_a_defined_meaning(state: str, phase: Phase) -> N
     assert job(REV, state=state).phase is phase
     extra = job(OLD, id=9, model="gone", state=state)
     touched = phase in (Phase.PENDING, Phase.RUNNING)
-    assert (9 in ended(plan(FLEET, settled(extra), NOTHING))) is touched
+    assert (9 in ended(plan(FLEET, settled(extra), NOTHING, frozenset({"gone"})))) is touched
 
 
 def test_R20_list_of_states_is_complete() -> None:
@@ -921,7 +953,8 @@ def test_plan_as_json_comes_back_equal() -> None:
     """What a review saw can be compared with what is planned now."""
     wanted, jobs, memory = busy_world()
     gateways = [view(wanted, jobs[0]), view(wanted, name="b", error="x")]
-    decided = plan(wanted, observation(*jobs, gateways=gateways, nodes={}), memory)
+    seen = observation(*jobs, gateways=gateways, nodes={})
+    decided = plan(wanted, seen, memory, frozenset({"gone"}))
     assert {type(action).__name__ for action in decided.actions} >= {"Submit", "Route", "Cancel"}
     assert from_json(to_json(decided)) == decided
 

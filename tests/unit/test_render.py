@@ -32,7 +32,7 @@ def mixed(**keys: Any) -> dict[str, Any]:
     seen = observation(*jobs, gateways=[view(FLEET)], **keys)
     wanted = fleet(model_record(), model_record(name="big"), model_record(name="sad", replicas=1))
     memory = Memory(failures={f"sad.{revision(wanted, 'sad')}": failed})
-    return record(plan(wanted, seen, memory))
+    return record(plan(wanted, seen, memory, frozenset({"gone"})))
 
 
 def test_plan_text_is_as_reviewed() -> None:

@@ -98,13 +98,14 @@ def test_generation_is_answered_and_no_mark_is_left() -> None:
 
 def test_R37_served_names_reach_njs_as_data() -> None:
     """Quotes, dollars, backslashes, unicode: each name is a JSON key, and no part of it is code."""
+    ours = [target for target in targets() if target.model == "tiny"]
     wanted = fleet(model_record(served_names=NAMES))
-    files = render_gateway(wanted, targets()).files
+    files = render_gateway(wanted, ours).files
     found = constants(files["fleet.js"])
     assert found["UPSTREAMS"] == dict.fromkeys(["tiny", *NAMES], "model.tiny")
     assert [item["id"] for item in found["MODELS"]["data"]] == ["tiny", *NAMES]
     assert files["fleet.js"].isascii()
-    plain = render_gateway(fleet(), targets()).files
+    plain = render_gateway(fleet(), ours).files
     generation = r"return 200 [0-9a-f]{12};"
     assert re.sub(generation, "", files["fleet.conf"]) == re.sub(
         generation, "", plain["fleet.conf"]
@@ -129,10 +130,12 @@ def test_model_without_a_replica_has_no_upstream() -> None:
     )
 
 
-def test_target_of_a_model_that_is_not_in_the_spec_gets_no_request() -> None:
-    """Only models of the spec have upstreams."""
+def test_target_of_a_model_that_left_the_spec_is_served_by_its_name() -> None:
+    """Who is guarded goes on serving; the planner alone decides who gets requests."""
     stray = Target(model="gone", job_id=1, submitted_at=1, address="10.0.0.1:1")
-    assert "10.0.0.1:1" not in render_gateway(fleet(), [stray]).files["fleet.conf"]
+    files = render_gateway(fleet(), [stray]).files
+    assert "upstream model.gone {" in files["fleet.conf"]
+    assert constants(files["fleet.js"])["UPSTREAMS"]["gone"] == "model.gone"
 
 
 ENTRY = {"model": "tiny", "job_id": 9, "submitted_at": 1, "address": "10.0.0.9:20001"}

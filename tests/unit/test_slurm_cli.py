@@ -38,6 +38,7 @@ FIELDS: dict[str, str] = {
     "reason": "None",
     "restarts": "0",
     "name": str(NAME),
+    "status": "0:0",
     "comment": comment_text(node="node1"),
 }
 

@@ -515,6 +515,7 @@ def test_revision_changes_with_the_image() -> None:
 
 
 RESTARTS_NOTHING: dict[str, Any] = {
+    "protect": True,
     "name": "other",
     "image": "other",
     "replicas": 7,

@@ -1,0 +1,124 @@
+"""Why jobs of a revision ended, how long to hold it back, and which nodes to avoid. Pure."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from reconciler.state import Cause, Failure, Failures, Job, JobKey, Memory, Observation, Phase
+
+# The first failure costs seconds (it may be chance), the tenth ten minutes.
+BACKOFF_FIRST_S = 10.0
+BACKOFF_MOST_S = 600.0
+# A revision that failed this often in a row without ever being ready is a bad release. It is tried
+# again once in a while, as what it lacked may have been provisioned since.
+HALT_AFTER = 5
+HALT_S = 3600.0
+# Two failures on one node, and none elsewhere, are the node's; it is avoided for this long.
+QUARANTINE_AFTER = 2
+QUARANTINE_S = 1800.0
+# What is remembered of one revision: enough for every rule above.
+_REMEMBERED = 20
+
+# The job script's own words (replica.sh), and vLLM's for a command line that it can't parse.
+_STATUSES = {2: Cause.ARGUMENTS, 66: Cause.WEIGHTS, 69: Cause.IMAGE, 71: Cause.NODE}
+_STATES = {
+    **dict.fromkeys(("NODE_FAIL", "BOOT_FAIL", "LAUNCH_FAILED", "RECONFIG_FAIL"), Cause.NODE),
+    "OUT_OF_MEMORY": Cause.MEMORY,
+    "PREEMPTED": Cause.PREEMPTED,
+    **dict.fromkeys(("TIMEOUT", "DEADLINE"), Cause.WALLTIME),
+}
+# A replica is replaced at once after these: they say nothing of its revision.
+_NOT_THE_REVISIONS = frozenset({Cause.NODE, Cause.PREEMPTED, Cause.WALLTIME})
+# The same on every node: trying more nodes will not help.
+_EVERYWHERE = frozenset({Cause.ARGUMENTS, Cause.IMAGE, Cause.WEIGHTS})
+_NONE = Failures(count=0, last_at=0.0, counted=frozenset())
+_NODES_OWN = frozenset({Cause.NODE, Cause.ENGINE, Cause.IMAGE, Cause.WEIGHTS})
+
+
+def cause(job: Job) -> Cause | None:
+    """Return why a job ended, None if it lives or was told to end.
+
+    An engine that ends by itself has failed whatever its status: vLLM's is 0 when it dies.
+    """
+    if job.phase is not Phase.ENDED or job.state in ("CANCELLED", "REVOKED"):
+        return None
+    if job.comment is not None and job.comment.run is not None and job.comment.run.draining:
+        return None
+    if job.state in _STATES:
+        return _STATES[job.state]
+    return _STATUSES.get(job.exit_status or 0, Cause.ENGINE)
+
+
+def learn_failures(
+    memory: Memory, observation: Observation, ready: frozenset[JobKey]
+) -> Mapping[str, Failures]:
+    """Count each ended job once; a replica that is ready clears its revision's count."""
+    failures = dict(memory.failures)
+    listed = {job.key for job in observation.jobs or ()}
+    for job in observation.jobs or ():
+        revision = f"{job.name.model}.{job.name.revision}"
+        seen = failures.get(revision)
+        if job.key in ready and seen is not None and seen.count:
+            failures[revision] = replace(seen, count=0, was_ready=True)
+        why = cause(job)
+        if why is None or (seen is not None and job.key in seen.counted):
+            continue
+        before = failures.get(revision) or _NONE
+        before = replace(before, counted=(before.counted & listed) | {job.key})
+        # One that was told to end is no failure, even if its comment is too old to say so.
+        told = job.key in memory.drains
+        failures[revision] = before if told else _one_more(before, job, why, observation.at)
+    return failures
+
+
+def _one_more(before: Failures, job: Job, why: Cause, at: float) -> Failures:
+    failure = Failure(node=job.nodes, cause=why, at=at)
+    counts = why not in _NOT_THE_REVISIONS
+    return replace(
+        before,
+        count=before.count + counts,
+        last_at=at if counts else before.last_at,
+        recent=(*before.recent, failure)[-_REMEMBERED:],
+    )
+
+
+def backoff_until(failures: Failures | None) -> float:
+    """Return when the next job of a revision may be submitted (epoch seconds)."""
+    if failures is None or failures.count == 0:
+        return 0.0
+    if halted(failures) is not None:
+        return failures.last_at + HALT_S
+    # Capped before the power is taken: a count of thousands would overflow a float.
+    delay_s = BACKOFF_FIRST_S * 2.0 ** min(failures.count - 1, 16)
+    return failures.last_at + min(delay_s, BACKOFF_MOST_S)
+
+
+def halted(failures: Failures) -> str | None:
+    """Return why a revision is a bad release, None if it may still be chance."""
+    in_a_row = failures.recent[-failures.count :] if failures.count else ()
+    for why in sorted(_EVERYWHERE):
+        nodes = sorted({failure.node for failure in in_a_row if failure.cause is why})
+        if len(nodes) >= 2:
+            return f"{why} on {' and '.join(nodes)}"
+    if failures.count >= HALT_AFTER and not failures.was_ready:
+        last = f", the last: {in_a_row[-1].cause}" if in_a_row else ""
+        return f"{failures.count} failures and never ready{last}"
+    return None
+
+
+def quarantined(memory: Memory, at: float) -> Mapping[str, float]:
+    """Return the nodes to avoid and until when: several failures there, and none elsewhere."""
+    until: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for failures in memory.failures.values():
+        recent = [
+            failure
+            for failure in failures.recent
+            if failure.cause in _NODES_OWN and at - failure.at < QUARANTINE_S
+        ]
+        nodes = {failure.node for failure in recent}
+        if len(nodes) != 1:
+            continue
+        (node,) = nodes
+        counts[node] = counts.get(node, 0) + len(recent)
+        until[node] = max(until.get(node, 0.0), recent[-1].at + QUARANTINE_S)
+    return {node: until[node] for node in sorted(until) if counts[node] >= QUARANTINE_AFTER}

@@ -1,0 +1,40 @@
+"""A cycle ends well whatever the disk of its state does."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+from reconciler.adapters.ports import ImagePin
+from reconciler.cycle import cycle
+from reconciler.observe import World
+from tests.unit.build import DIGEST, fleet
+from tests.unit.test_execute import FakeJournal, FakeWorld
+
+
+def world(fake: FakeWorld) -> World:
+    """The fake's world with one image and no replica that could be asked."""
+    pins = {"engine": ImagePin(program="/opt/engine", digest=DIGEST)}
+    engines: Any = SimpleNamespace(probe=lambda *_: {})
+    images: Any = SimpleNamespace(pins=lambda _: (pins, {}))
+    return replace(fake.world(), engines=engines, images=images)
+
+
+def test_R32_full_disk_is_reported_and_the_fleet_is_healed() -> None:
+    """Memory and journal are one line each; the missing replicas are submitted."""
+    fake = FakeWorld(journal=FakeJournal(full=0))
+    outcome = cycle(fleet(), world(fake), at=1_000_000.0, commit=None, say=lambda _: None)
+    assert [what.split()[0] for what in fake.done] == ["list", "submit", "submit"]
+    assert outcome.errors == (
+        "memory: state.sqlite can't be written: disk is full",
+        "journal: state.sqlite can't be written: disk is full",
+    )
+
+
+def test_memory_is_saved_before_anything_is_done() -> None:
+    """A crash in the first effect must not lose what the cycle has learnt."""
+    fake = FakeWorld()
+    cycle(fleet(), world(fake), at=1_000_000.0, commit=None, say=lambda _: None)
+    assert fake.journal.rows[:2] == [
+        "memory saved, 1 done",
+        "submit intended at 1000000, 1 done",
+    ]

@@ -1,0 +1,189 @@
+"""Why jobs end, how long their revision is held back, and which nodes are avoided."""
+
+from dataclasses import replace
+
+import pytest
+
+from reconciler.failures import (
+    BACKOFF_FIRST_S,
+    BACKOFF_MOST_S,
+    HALT_AFTER,
+    HALT_S,
+    QUARANTINE_S,
+    backoff_until,
+    cause,
+    halted,
+    quarantined,
+)
+from reconciler.memory import learn
+from reconciler.plan import NoteKind, Submit
+from reconciler.planner import plan
+from reconciler.state import PHASES, Cause, DrainClock, Failure, Failures, Job, Memory, Phase
+from tests.unit.build import AT, fleet, job, observation, revision, view
+
+FLEET = fleet()
+REV = revision(FLEET)
+NAME = f"tiny.{REV}"
+NOTHING = Memory()
+
+
+def failed(id: int, status: int = 1, *, node: str = "node1", state: str = "FAILED") -> Job:
+    """A job that ended by itself with a status."""
+    return replace(job(REV, id=id, state=state, node=node), exit_status=status)
+
+
+def after(*jobs: Job, at: float = AT, memory: Memory = NOTHING) -> Memory:
+    return learn(memory, observation(*jobs, at=at))
+
+
+def count(memory: Memory) -> int:
+    return memory.failures[NAME].count if NAME in memory.failures else 0
+
+
+@pytest.mark.parametrize(
+    ("state", "status", "why"),
+    [
+        ("FAILED", 1, Cause.ENGINE),
+        ("FAILED", 2, Cause.ARGUMENTS),
+        ("FAILED", 66, Cause.WEIGHTS),
+        ("FAILED", 69, Cause.IMAGE),
+        ("FAILED", 71, Cause.NODE),
+        ("COMPLETED", 0, Cause.ENGINE),
+        ("OUT_OF_MEMORY", 0, Cause.MEMORY),
+        ("NODE_FAIL", 0, Cause.NODE),
+        ("BOOT_FAIL", 0, Cause.NODE),
+        ("PREEMPTED", 0, Cause.PREEMPTED),
+        ("TIMEOUT", 0, Cause.WALLTIME),
+        ("DEADLINE", 0, Cause.WALLTIME),
+        ("CANCELLED", 0, None),
+        ("REVOKED", 0, None),
+        ("RUNNING", 0, None),
+        ("NOT_INVENTED_YET", 0, None),
+    ],
+)
+def test_cause_of_an_end_is_told_apart(state: str, status: int, why: Cause | None) -> None:
+    """Slurm's state and the script's status say whose fault an end was."""
+    assert cause(failed(1, status, state=state)) is why
+
+
+def test_cause_of_every_end_is_known() -> None:
+    """No ended state is without a meaning; a live one has none."""
+    for state, phase in PHASES.items():
+        told = state in ("CANCELLED", "REVOKED")
+        assert (cause(failed(1, state=state)) is not None) is (phase is Phase.ENDED and not told)
+
+
+@pytest.mark.parametrize("state", ["FAILED", "COMPLETED", "OUT_OF_MEMORY"])
+def test_failure_of_the_revision_is_counted_once(state: str) -> None:
+    """Each ended job counts when it is first seen, and not again."""
+    memory = after(failed(1, state=state))
+    assert count(memory) == 1
+    assert count(after(failed(1, state=state), at=AT + 1, memory=memory)) == 1
+
+
+@pytest.mark.parametrize("state", ["NODE_FAIL", "PREEMPTED", "TIMEOUT"])
+def test_end_that_is_not_the_revisions_holds_nothing_back(state: str) -> None:
+    """A node, preemption or walltime: the next job follows at once, but it is remembered where."""
+    memory = after(failed(1, state=state))
+    assert count(memory) == 0
+    assert [failure.node for failure in memory.failures[NAME].recent] == ["node1"]
+    assert backoff_until(memory.failures[NAME]) == 0.0
+
+
+def test_R25_failures_of_a_revision_add_up_until_one_is_ready() -> None:
+    """Each failed job counts; a replica that becomes ready clears its revision."""
+    memory = NOTHING
+    for number in range(1, 4):
+        memory = after(failed(number), at=AT + number, memory=memory)
+        assert count(memory) == number
+    assert memory.failures[NAME].last_at == AT + 3
+    memory = after(failed(3), job(REV, id=4), memory=memory)
+    assert (count(memory), memory.failures[NAME].was_ready) == (0, True)
+
+
+@pytest.mark.parametrize("known_by", ["memory", "comment"])
+def test_end_of_a_drained_job_is_no_failure_now_or_later(known_by: str) -> None:
+    """An engine that was told to end may report its TERM as an error."""
+    ended = job(REV, state="FAILED", draining=known_by == "comment")
+    clocks = {ended.key: DrainClock(since=AT)} if known_by == "memory" else {}
+    memory = after(ended, memory=Memory(drains=clocks))
+    assert count(memory) == 0
+    assert count(after(ended, at=AT + 1, memory=replace(memory, drains={}))) == 0
+
+
+def test_backoff_doubles_up_to_its_limit() -> None:
+    """The first failure costs seconds, the tenth minutes, and no count overflows."""
+    waits = [
+        backoff_until(Failures(count=n, last_at=AT, counted=frozenset(), was_ready=True)) - AT
+        for n in (1, 2, 3, 100, 10**9)
+    ]
+    first = BACKOFF_FIRST_S
+    assert waits == [first, 2 * first, 4 * first, BACKOFF_MOST_S, BACKOFF_MOST_S]
+    assert backoff_until(None) == 0.0
+
+
+def _failures(*failures: Failure, was_ready: bool = False) -> Failures:
+    return Failures(
+        count=len(failures),
+        last_at=AT,
+        counted=frozenset(),
+        recent=failures,
+        was_ready=was_ready,
+    )
+
+
+def _failure(why: Cause, node: str = "node1", at: float = AT) -> Failure:
+    return Failure(node=node, cause=why, at=at)
+
+
+@pytest.mark.parametrize("why", [Cause.ARGUMENTS, Cause.IMAGE, Cause.WEIGHTS])
+def test_release_is_bad_when_two_nodes_say_the_same(why: Cause) -> None:
+    """What no node can mend is not tried on the third; one node alone may be the node's fault."""
+    assert halted(_failures(_failure(why), _failure(why))) is None
+    bad = halted(_failures(_failure(why), _failure(why, "node2")))
+    assert bad == f"{why} on node1 and node2"
+
+
+def test_release_is_bad_when_it_never_was_ready() -> None:
+    """Enough failures in a row halt a revision, unless it has served before."""
+    many = [_failure(Cause.ENGINE)] * HALT_AFTER
+    assert halted(_failures(*many[1:])) is None
+    assert halted(_failures(*many)) is not None
+    assert halted(_failures(*many, was_ready=True)) is None
+
+
+def test_halted_release_leaves_the_old_one_serving_and_says_why() -> None:
+    """Invariant 8: nothing is submitted or drained, and the note names the cause and the time."""
+    old = [job("0" * 8, id=1), job("0" * 8, id=2, ordinal=1)]
+    bad = _failures(_failure(Cause.WEIGHTS), _failure(Cause.WEIGHTS, "node2"))
+    decided = plan(
+        FLEET,
+        observation(*old, gateways=[view(FLEET, *old)]),
+        Memory(failures={NAME: bad}),
+    )
+    assert decided.actions == ()
+    (note,) = [note for note in decided.notes if note.kind is NoteKind.HALTED]
+    assert "its weights are missing on node1 and node2" in note.text
+    assert note.until == AT + HALT_S
+
+
+def test_node_where_alone_jobs_fail_is_avoided_for_a_while() -> None:
+    """Two failures there and none elsewhere: new jobs exclude it until the memory has faded."""
+    bad = _failures(_failure(Cause.ENGINE), _failure(Cause.ENGINE))
+    memory = Memory(failures={NAME: replace(bad, count=0)})
+    assert quarantined(memory, AT + 1) == {"node1": AT + QUARANTINE_S}
+    assert quarantined(memory, AT + QUARANTINE_S) == {}
+    decided = plan(FLEET, observation(gateways=[view(FLEET)]), memory)
+    excluded = [action.exclude for action in decided.actions if isinstance(action, Submit)]
+    assert excluded == [("node1",), ("node1",)]
+    assert NoteKind.QUARANTINE in {note.kind for note in decided.notes}
+
+
+def test_node_is_not_blamed_for_what_happens_elsewhere_too() -> None:
+    """The same revision fails on another node: it is the revision's fault."""
+    both = _failures(
+        _failure(Cause.ENGINE), _failure(Cause.ENGINE), _failure(Cause.ENGINE, "node2")
+    )
+    assert quarantined(Memory(failures={NAME: both}), AT + 1) == {}
+    preempted = _failures(_failure(Cause.PREEMPTED), _failure(Cause.PREEMPTED))
+    assert quarantined(Memory(failures={NAME: preempted}), AT + 1) == {}

@@ -3,6 +3,7 @@
 Each action is written into the journal before it is done and after.
 """
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 
 from reconciler.adapters.ports import Gateways, ImagePin, Result, Slurm, Store
@@ -16,6 +17,9 @@ from reconciler.state import JobKey
 
 Say = Callable[[str], None]
 
+# A cycle ends: what was seen at its beginning must not be acted on for much longer than this.
+DEADLINE_S = 120.0
+
 
 def execute(
     plan: Plan,
@@ -25,15 +29,25 @@ def execute(
     *,
     commit: str | None,
     say: Say,
+    clock: Callable[[], float] = time.monotonic,
 ) -> list[str]:
     """Perform the plan; return one line for each action that failed. Never raises FleetError.
 
-    A journal that can't be written is one line more, and stops nothing.
+    A journal that can't be written is one line more, and stops nothing. What has not begun by the
+    deadline is left for the next cycle, which looks again first.
     """
+    deadline = clock() + DEADLINE_S
     present = _present(plan.actions, fleet, world.slurm)
     journal = _Journal(world.store, plan.at)
     errors = []
-    for action in plan.actions:
+    for at, action in enumerate(plan.actions):
+        if clock() >= deadline:
+            left = len(plan.actions) - at
+            total = len(plan.actions)
+            errors.append(
+                f"{left} of {total} actions left for the next cycle: this one took too long"
+            )
+            break
         intent = journal.intend(action)
         try:
             done = _perform(action, fleet, world, pins, present, commit, say)

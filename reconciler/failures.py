@@ -51,14 +51,16 @@ def cause(job: Job) -> Cause | None:
 def learn_failures(
     memory: Memory, observation: Observation, ready: frozenset[JobKey]
 ) -> Mapping[str, Failures]:
-    """Count each ended job once; a replica that is ready clears its revision's count."""
+    """Count each ended job once; a replica that became ready since clears its revision's count.
+
+    One that has long been ready says nothing of why another keeps failing.
+    """
     failures = dict(memory.failures)
-    listed = {job.key for job in observation.jobs or ()}
-    for job in observation.jobs or ():
-        revision = f"{job.name.model}.{job.name.revision}"
+    jobs = sorted(observation.jobs or (), key=lambda job: job.key)
+    listed = {job.key for job in jobs}
+    for job in jobs:
+        revision = _revision(job)
         seen = failures.get(revision)
-        if job.key in ready and seen is not None and seen.count:
-            failures[revision] = replace(seen, count=0, was_ready=True)
         why = cause(job)
         if why is None or (seen is not None and job.key in seen.counted):
             continue
@@ -67,7 +69,23 @@ def learn_failures(
         # One that was told to end is no failure, even if its comment is too old to say so.
         told = job.key in memory.drains
         failures[revision] = before if told else _one_more(before, job, why, observation.at)
+    for job in (job for job in jobs if job.key in ready):
+        seen = failures.get(_revision(job))
+        if seen is not None:
+            mended = _ready_since(job) > seen.last_at
+            count = 0 if mended else seen.count
+            failures[_revision(job)] = replace(seen, count=count, was_ready=True)
     return failures
+
+
+def _revision(job: Job) -> str:
+    return f"{job.name.model}.{job.name.revision}"
+
+
+def _ready_since(job: Job) -> int:
+    """Return when a ready job became so by its own word, which its comment may still lack."""
+    published = job.run.ready_at if job.run is not None else None
+    return job.submitted_at if published is None else published
 
 
 def _one_more(before: Failures, job: Job, why: Cause, at: float) -> Failures:

@@ -86,7 +86,7 @@ def plan(
         fleet=fleet.fleet,
         at=observation.at,
         actions=(*submits, *routes, *steps),
-        notes=tuple(notes + step_notes + _observation_notes(seen)),
+        notes=tuple(notes + step_notes + _observation_notes(seen, leaving)),
         models=tuple(part.view for part in parts if part.view is not None),
         replicas=tuple(_view(job, seen, leaving) for job in seen.live),
         leaving=tuple(
@@ -293,13 +293,14 @@ def _decide(model: Model, seen: _Seen) -> _Part:
     gone = {job.key for job, _ in leaving}
     staying = [job for job in jobs if job.key not in gone and _serves(job, seen)]
     submits, notes = _missing(model, revision, jobs, staying, expiring, seen)
-    notes += tuple(_expiring_note(job) for job in staying if job.key in expiring)
+    notes += tuple(_expiring_note(model, job, seen) for job in staying if job.key in expiring)
     return _Part(leaving=tuple(leaving), submits=submits, notes=notes, view=view)
 
 
-def _expiring_note(job: Job) -> Note:
-    text = "its successor is not ready yet; until then it serves"
-    until = None if job.ends_at is None else float(job.ends_at)
+def _expiring_note(model: Model, job: Job, seen: _Seen) -> Note:
+    text = "its successor is not ready yet; it goes on serving"
+    drain_s = seen.fleet.drain_timeout_s(model)
+    until = None if job.ends_at is None else last_moment(job.ends_at, drain_s)
     return Note(kind=NoteKind.EXPIRING, subject=str(job.name), text=text, until=until)
 
 
@@ -450,7 +451,8 @@ def _held(model: Model, revision: str, seen: _Seen) -> Note | None:
         text = f"revision {revision} is halted: {bad}; what serves goes on serving"
         return Note(kind=NoteKind.HALTED, subject=model.name, text=text, until=until)
     last = f", the last: {failures.recent[-1].cause}" if failures.recent else ""
-    text = f"held: {failures.count} failures on revision {revision}{last}"
+    times = "1 failure" if failures.count == 1 else f"{failures.count} failures"
+    text = f"held: {times} on revision {revision}{last}"
     return Note(kind=NoteKind.BACKOFF, subject=model.name, text=text, until=until)
 
 
@@ -493,7 +495,8 @@ def _not_in_spec(seen: _Seen, allow_destroy: frozenset[str]) -> _Part:
         Note(
             kind=NoteKind.GUARD,
             subject=name,
-            text=f"it serves and is gone from the spec; to end it: apply --allow-destroy {name}",
+            text=f"gone from the spec, and it serves or is protected; "
+            f"to end it: apply --allow-destroy {name}",
         )
         for name in sorted(guarded)
     ]
@@ -634,7 +637,8 @@ def _waits_for(job: Job, seen: _Seen) -> str | None:
     return None
 
 
-def _observation_notes(seen: _Seen) -> list[Note]:
+def _observation_notes(seen: _Seen, leaving: Mapping[JobKey, Reason]) -> list[Note]:
+    """Return what the look itself showed; what leaves has its step or its note already."""
     notes = []
     if seen.observation.odd_lines:
         count = seen.observation.odd_lines
@@ -646,7 +650,7 @@ def _observation_notes(seen: _Seen) -> list[Note]:
     if seen.observer_suspect:
         text = "most replicas are silent at once: suspecting this host's network, routes stay"
         notes.append(Note(kind=NoteKind.OBSERVER, subject="probes", text=text))
-    for job in seen.live:
+    for job in (job for job in seen.live if job.key not in leaving):
         note = _job_note(job, seen)
         if note is not None:
             notes.append(note)

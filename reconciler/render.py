@@ -166,13 +166,23 @@ def _subject(action: Record) -> str:
 
 def _why(action: Record) -> str:
     if action["kind"] == "submit":
-        return f"{action['reason']} ({_count(action['gpus'], 'GPU')})"
+        return f"{action['reason']} ({', '.join(_options(action))})"
     if action["kind"] == "route":
         # The journal keeps what changed, not all the targets.
         targets = [_count(len(action["targets"]), "replica")] if "targets" in action else []
         jobs = [f"+{job}" for job in action["added"]] + [f"-{job}" for job in action["removed"]]
         return ", ".join(targets + ([f"jobs {' '.join(jobs)}"] if jobs else []))
     return f"{action['reason']} (job {action['job']['id']})"
+
+
+def _options(submit: Record) -> list[str]:
+    """Return what a reviewer would ask of a submission; journals of older versions have less."""
+    options = [_count(submit["gpus"], "GPU")]
+    if submit.get("exclude"):
+        options.append(f"not on {' '.join(submit['exclude'])}")
+    if submit.get("succeeds"):
+        options.append(f"succeeds job {submit['succeeds'][0]}")
+    return options
 
 
 def _routes(action: Record | None, jobs: Set[str]) -> bool:

@@ -31,6 +31,15 @@ def fleet(own_lab: Lab) -> Fleet:
     return Fleet(own_lab)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests run side by side; those that share an engine or a lab's name stay on one worker."""
+    for item in items:
+        folder, file = item.path.parent.name, item.path.stem
+        if folder in ("engine", "contract") or file in ("test_demo", "test_vllm"):
+            group = folder if folder in ("engine", "contract") else file
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.skipped:
         _skipped.append(report.nodeid)

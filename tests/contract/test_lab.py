@@ -223,10 +223,18 @@ def test_owner_killed_takes_the_lab_along() -> None:
 
 
 def namespaces_of(lab: Lab) -> set[str]:
-    """The lab's own namespaces, the outer ones and its hosts', such as ``net:[4026532000]``."""
+    """The lab's own namespaces, its hosts' among them (``net:[4026532000]``), and its link."""
     record = json.loads((lab.state / "lab.json").read_text())
     hosts = [int(file.read_text()) for file in (lab.state / "hosts").iterdir()]
-    return namespaces([record["pid"], *hosts]) - namespaces([os.getpid()])
+    return namespaces([record["pid"], *hosts]) - namespaces([os.getpid()]) | {link_of(lab)}
+
+
+def link_of(lab: Lab) -> str:
+    """The lab's link; by its index, as another lab may take its name once it is gone."""
+    try:
+        return "link " + Path(f"/sys/class/net/modelfleet{lab.number}/ifindex").read_text().strip()
+    except OSError:
+        return "no link"
 
 
 def namespaces(pids: Iterable[int]) -> set[str]:
@@ -242,9 +250,9 @@ def traces(lab: Lab, own: set[str]) -> list[str]:
     """What of a lab is still in the kernel: processes in its namespaces, mounts, its link."""
     pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
-    link = Path(f"/sys/class/net/modelfleet{lab.number}")
+    link = link_of(lab)
     return [
         *(f"process {pid}" for pid in pids if namespaces([pid]) & own),
         *(line for line in mounts if str(lab.state) in line),
-        *([str(link)] if link.exists() else []),
+        *([link] if link in own else []),
     ]

@@ -16,7 +16,7 @@ from reconciler.errors import (
     SubmitRejected,
     SubmitUnknown,
 )
-from reconciler.execute import execute
+from reconciler.execute import DEADLINE_S, execute
 from reconciler.observe import World
 from reconciler.plan import Action, Cancel, Drain, JobRef, Plan, Reason, Route, Submit
 from reconciler.planner import plan
@@ -198,6 +198,24 @@ def test_R08_action_that_fails_stops_no_other() -> None:
         *("list demo", f"submit demo.other.{revision(FLEET, 'other')}.0"),
         *(f"change b {to(ONE).generation}", "cancel 2"),
     ]
+
+
+def test_actions_past_the_deadline_are_left_for_the_next_cycle() -> None:
+    """What was seen at the beginning is not acted on for ever; the next cycle looks again."""
+    submits = plan(FLEET, observation(), Memory()).actions
+    fake = FakeWorld()
+    times = iter([0.0, 1.0, DEADLINE_S - 1, DEADLINE_S])
+    errors = execute(
+        made(*submits),
+        FLEET,
+        fake.world(),
+        PINS,
+        commit=None,
+        say=lambda _: None,
+        clock=lambda: next(times),
+    )
+    assert errors == ["1 of 3 actions left for the next cycle: this one took too long"]
+    assert len(fake.done) == 2
 
 
 def test_R04_submission_of_unknown_outcome_is_not_repeated() -> None:

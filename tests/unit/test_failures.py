@@ -97,8 +97,21 @@ def test_R25_failures_of_a_revision_add_up_until_one_is_ready() -> None:
         memory = after(failed(number), at=AT + number, memory=memory)
         assert count(memory) == number
     assert memory.failures[NAME].last_at == AT + 3
-    memory = after(failed(3), job(REV, id=4), memory=memory)
+    healthy = job(REV, id=4, ready_at=round(AT) + 10)
+    memory = after(failed(3), healthy, at=AT + 11, memory=memory)
     assert (count(memory), memory.failures[NAME].was_ready) == (0, True)
+
+
+@pytest.mark.parametrize("listed", [1, -1], ids=["failed-first", "ready-first"])
+def test_R25_failing_replica_backs_off_beside_one_that_has_long_been_ready(listed: int) -> None:
+    """A neighbour that serves since before is no reason to try the failing one without pause."""
+    memory = NOTHING
+    for number in range(1, 4):
+        jobs = (failed(number), job(REV, id=9, ordinal=1))[::listed]
+        memory = after(*jobs, at=AT + number, memory=memory)
+        assert count(memory) == number
+    assert memory.failures[NAME].was_ready
+    assert backoff_until(memory.failures[NAME]) == AT + 3 + 4 * BACKOFF_FIRST_S
 
 
 @pytest.mark.parametrize("known_by", ["memory", "comment"])

@@ -6,7 +6,8 @@ PYTHON := python3
 VENV := $(CACHE)/venv-$(shell { cat requirements-dev.lock; $(PYTHON) -VV; } | sha256sum | cut -c1-12)
 ENGINE := vllm
 PYTEST := .venv/bin/python -m pytest
-# The tests wait for Slurm far more than they compute: three at once keep two cores half busy.
+# The tests wait for Slurm far more than they compute, so three run at once; not so those of the
+# real engine, which alone keeps both cores busy.
 PARALLEL := --numprocesses=3 --dist=loadgroup
 
 .PHONY: help demo test soak lint venv packages lab-down clean
@@ -20,7 +21,8 @@ demo: packages ## show the main job on the lab (ENGINE=vllm|standin, KEEP=1 leav
 test: packages ## run all tests: unit, contract on real Slurm, end to end, real vLLM
 	@.venv/bin/python -m tests.lab base
 	@.venv/bin/python images/build.py vllm-cpu
-	$(PYTEST) $(PARALLEL)
+	$(PYTEST) $(PARALLEL) --ignore=tests/engine --ignore=tests/e2e/test_vllm.py
+	$(PYTEST) tests/engine tests/e2e/test_vllm.py
 
 soak: packages ## run what takes long: many kills, many seeds
 	SOAK=1 $(PYTEST) tests/e2e/test_kills.py

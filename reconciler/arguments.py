@@ -8,7 +8,7 @@ import functools
 import json
 import re
 from collections.abc import Iterator, Mapping
-from importlib.resources import files
+from pathlib import Path as File
 from typing import TYPE_CHECKING, Any
 
 from reconciler.source import Path, did_you_mean, shown
@@ -16,7 +16,8 @@ from reconciler.source import Path, did_you_mean, shown
 if TYPE_CHECKING:
     from jsonschema.exceptions import ValidationError
 
-_ENGINES = files("reconciler") / "engines"
+# Not importlib.resources: what it imports takes as long as all of YAML.
+_ENGINES = File(__file__).with_name("engines")
 # A jsonschema validator. Its protocol leaves out `descend`, which checks one value with one part of
 # the schema: half the time of looking for each argument among all 400 options.
 Checker = Any

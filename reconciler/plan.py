@@ -43,6 +43,7 @@ class NoteKind(StrEnum):
     PENDING = "pending"
     STARTING = "starting"
     SILENT = "silent"
+    SICK = "sick"
     IMPOSTOR = "impostor"
     OBSERVER = "observer"
     DRAINING = "draining"

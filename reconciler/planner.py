@@ -629,6 +629,10 @@ def _waits_for(job: Job, seen: _Seen) -> str | None:
         return "it leaves the gateways first"
     if run.ready_at is None and seen.status(job) is Status.STARTING:
         return None  # never ready, so never routed: no request can be on its way
+    for view in views:
+        if view.generation is None:
+            # A change was cut short: what a start of NGINX would read may still route to it.
+            return f"gateway {view.name} is in the middle of a change"
     idle_since = seen.clock(job).idle_since
     idle = idle_since is not None and seen.at - idle_since >= IDLE_HOLD_S
     busy = [view.name for view in views if view.old_workers]
@@ -662,6 +666,7 @@ def _job_note(job: Job, seen: _Seen) -> Note | None:
         Status.PENDING: NoteKind.PENDING,
         Status.STARTING: NoteKind.STARTING,
         Status.SILENT: NoteKind.SILENT,
+        Status.SICK: NoteKind.SICK,
         Status.IMPOSTOR: NoteKind.IMPOSTOR,
         Status.UNKNOWN: NoteKind.UNKNOWN_STATE,
     }

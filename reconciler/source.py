@@ -5,7 +5,6 @@ Differences from PyYAML's own loader, each because a fleet spec must mean what i
 line and column is kept so that a mistake can be pointed at. Tags have no meaning and are refused.
 """
 
-import difflib
 import json
 import math
 import re
@@ -171,6 +170,8 @@ def shown(value: object) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return a hint at the known word that is most like this one, or nothing."""
+    import difflib  # not at the top: a spec without a mistake needs none
+
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f'; did you mean "{close[0]}"?' if close else ""
 

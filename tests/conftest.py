@@ -32,11 +32,11 @@ def fleet(own_lab: Lab) -> Fleet:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests run side by side; those that share an engine or a lab's name stay on one worker."""
+    """Tests run side by side; those that share a lab or its name stay on one worker."""
     for item in items:
-        folder, file = item.path.parent.name, item.path.stem
-        if folder in ("engine", "contract") or file in ("test_demo", "test_vllm"):
-            group = folder if folder in ("engine", "contract") else file
+        shared = {"contract": "contract", "test_demo": "demo"}
+        group = shared.get(item.path.parent.name) or shared.get(item.path.stem)
+        if group is not None:
             item.add_marker(pytest.mark.xdist_group(group))
 
 

@@ -352,7 +352,7 @@ def test_starting_replica_is_late_only_after_its_timeout() -> None:
     assert leaving(late) == {1: "startup timeout"}
 
 
-def test_R06_replica_gets_requests_only_after_it_answered() -> None:
+def test_replica_gets_requests_only_after_it_answered() -> None:
     """Running, published and even ready by its own word is not enough: the probe must agree."""
     jobs = job(REV, id=1, published=False), job(REV, id=2, ordinal=1)
     seen = observation(*jobs, healths={2: Health.STARTING}, gateways=[view(FLEET, jobs[0])])

@@ -49,7 +49,6 @@ def test_plan_text_is_as_reviewed() -> None:
         "Not done now:\n"
         "  sad                   backoff:  held: 2 failures on revision "
         f"{REV}, until 13:47:00 UTC\n"
-        f"  demo.gone.{REV}.1  pending:  Slurm: None\n"
         f"  demo.tiny.{REV}.1  pending:  Slurm: Resources"
     )
 

@@ -1,0 +1,90 @@
+"""`python -m bench.cli`: how long `fleet --help` and `fleet validate` on 100 models take.
+
+The references are a bare Python that imports pydantic (which alone loads little: its parts come on
+demand) and one that imports its BaseModel, which every spec needs. All are measured in turns; the
+medians are of processor time, as this machine may be shared.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+RUNS = 9
+MODELS = 100
+MOST_RATIO = 3.0
+
+_FLEET = """\
+version: 1
+fleet: bench
+slurm: {partition: gpu, log_dir: /shared/logs}
+budget: {gpus: 1000}
+images: {engine: {runtime: none, path: /opt/vllm}}
+gateway: {hosts: [{name: gateway}]}
+"""
+_MODEL = """\
+name: model-{at}
+image: engine
+weights: /models/model-{at}
+args: {{max-model-len: 8192, gpu-memory-utilization: 0.9, dtype: bfloat16}}
+env: {{OMP_NUM_THREADS: "4"}}
+resources: {{gpus: 1, cpus: 8, memory: 64G}}
+replicas: 5
+"""
+
+
+def write_spec(folder: Path, models: int = MODELS) -> None:
+    """Write a spec folder of so many models, a file each."""
+    (folder / "models").mkdir()
+    (folder / "fleet.yaml").write_text(_FLEET, encoding="utf-8")
+    for at in range(models):
+        path = folder / "models" / f"model-{at}.yaml"
+        path.write_text(_MODEL.format(at=at), encoding="utf-8")
+
+
+def processor_s(arguments: Sequence[str]) -> float:
+    """Return the processor time of one run of Python with these arguments, in seconds."""
+    process = subprocess.Popen(
+        [sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise SystemExit(f"{' '.join(arguments)} ended with {process.returncode}")
+    return usage.ru_utime + usage.ru_stime
+
+
+def measure(commands: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """Return each command's median, all measured in turns after one run that warms the caches."""
+    rounds = [
+        {title: processor_s(arguments) for title, arguments in commands.items()}
+        for _ in range(RUNS + 1)
+    ][1:]
+    return {title: statistics.median(one[title] for one in rounds) for title in commands}
+
+
+def main() -> None:
+    """Print the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_spec(Path(folder))
+        references = {
+            "import pydantic": ["-c", "import pydantic"],
+            "import BaseModel": ["-c", "from pydantic import BaseModel"],
+        }
+        fleet = {
+            "fleet --help": ["-m", "reconciler", "--help"],
+            f"fleet validate, {MODELS} models": ["-m", "reconciler", "validate", folder],
+        }
+        medians = measure({"pass": ["-c", "pass"], **references, **fleet})
+    print(f"{'':28}  {'CPU':>6}  " + "  ".join(f"x {name}" for name in references))
+    for title, median in medians.items():
+        ratios = (f"x {median / medians[name]:.2f}".ljust(len(name) + 2) for name in references)
+        print(f"{title:28}  {median * 1e3:3.0f} ms  {'  '.join(ratios)}".rstrip())
+    print(f"\nAt most x {MOST_RATIO:.0f} of Python with pydantic's import.")
+
+
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,7 @@ PYTEST := .venv/bin/python -m pytest
 # real engine, which alone keeps both cores busy.
 PARALLEL := --numprocesses=3 --dist=loadgroup
 
-.PHONY: help demo test soak lint venv packages lab-down clean
+.PHONY: help demo test soak bench lint venv packages lab-down clean
 
 help: ## say what there is
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,11 @@ test: packages ## run all tests: unit, contract on real Slurm, end to end, real 
 
 soak: packages ## run what takes long: many kills, many seeds
 	SOAK=1 $(PYTEST) tests/e2e/test_kills.py
+	.venv/bin/python -m tests.simulation --soak 5000
+
+bench: venv ## print how fast plan() and the command line are, as ratios
+	.venv/bin/python -m bench.plan
+	.venv/bin/python -m bench.cli
 
 lint: packages ## check style, types, layers, shell scripts and playbooks
 	.venv/bin/ruff check .

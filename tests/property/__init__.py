@@ -8,6 +8,6 @@ settings.register_profile(
     "property",
     derandomize=True,
     deadline=None,
-    max_examples=150,
+    max_examples=100,
     suppress_health_check=[HealthCheck.too_slow],
 )

@@ -11,7 +11,7 @@ from tests.property.perfect import Perfect, start
 from tests.property.worlds import World, worlds
 from tests.unit.build import AT
 
-SETTINGS = settings(settings.get_profile("property"), max_examples=100)
+SETTINGS = settings(settings.get_profile("property"), max_examples=80)
 # Each replica may have to wait for the one before it, and a halted revision for its hour.
 CYCLES = 80
 

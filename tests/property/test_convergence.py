@@ -31,7 +31,8 @@ def test_perfect_world_converges_and_stays(world: World) -> None:
     perfect = start(world)
     plans = settle(perfect)
     assert plans[-1].converged, [plans[-1].actions, plans[-1].notes]
-    perfect.step_s = 1.0  # else the next walltime may end meanwhile
+    # At the same time again: a little later the next walltime may need a successor.
+    perfect.at, perfect.step_s = plans[-1].at, 1.0
     for _ in range(3):
         again = perfect.cycle()
         assert (again.actions, again.converged) == ((), True)

@@ -1,0 +1,1 @@
+"""The whole cycle against a simulated site: Slurm, engines, gateways, disk, clock, in one time."""

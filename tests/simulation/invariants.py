@@ -1,0 +1,357 @@
+"""What must hold at every instant, by its number in docs/architecture.md.
+
+The checks know the truth of the simulated world, and of the reconciler only its plans and what it
+does to that world. Where the truth could not be known to it, the check says so.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from reconciler.naming import parse_comment, parse_name
+from reconciler.plan import Cancel, Drain, JobRef, Plan, Reason, Route, Status
+from reconciler.rollover import MARGIN_S
+from reconciler.spec import Fleet
+from reconciler.state import Health, JobKey, Probe
+from tests.simulation.cluster import FLEET, STARTED, SimJob
+from tests.simulation.gateways import Configuration, SimGateway
+from tests.simulation.world import Cycle, SimWorld, Watch
+
+MOST_SLURM_QUERIES = 3
+# A plan owns what was listed to it; a job this young may have come after that.
+_YOUNG_S = 60.0
+
+# What the reconciler can't do yet. Each excuses one sort of violation and goes with the change
+# that mends it; `python -m tests.simulation SEED --strict` excuses nothing.
+KNOWN_GAPS = {
+    "clock": "a clock that jumps forward ends drains, starts and walltimes early: all at once",
+    "late reload": "a reload that NGINX does after the change was given up brings old routes back",
+    "quarantine": "a waiting job avoids for ever the nodes that were quarantined at its submission",
+    "stale memory": "while the disk is full an old memory is read: its drain clocks ended long ago",
+    "endless": "a release that is refused, or starts and never serves, is tried again at once",
+    "intents": "jobs that no saved memory knows can vanish from a listing unnoticed",
+}
+
+
+class Violation(AssertionError):
+    """An invariant does not hold. Number 0 is liveness: the fleet does not settle, or not stay."""
+
+    def __init__(self, number: int, text: str) -> None:
+        super().__init__(number, text)  # both, so that it can be sent between processes
+        self.number = number
+        self.text = text
+
+    def __str__(self) -> str:
+        return f"invariant {self.number}: {self.text}"
+
+
+class Invariants(Watch):
+    """Watches one world. Raises Violation, and keeps the first one in case it gets caught."""
+
+    def __init__(self, world: SimWorld, *, strict: bool = False) -> None:
+        self._world = world
+        self._strict = strict
+        self._plan: Plan | None = None  # of this cycle, once it is made
+        self._submitted_gpus = 0  # of this cycle
+        self._submitted: set[str] = set()
+        self._proven: set[tuple[JobKey, str]] = set()  # has answered a completion at that address
+        self.violation: Violation | None = None
+
+    # -- at every instant
+
+    def instant(self) -> None:
+        """Check what holds whatever happens."""
+        ours = self._world.cluster.ours
+        self._never_twice(ours)
+        self._told_ones_are_unrouted(ours)
+
+    def _never_twice(self, ours: Iterable[SimJob]) -> None:
+        """Invariant 2: Slurm never runs two jobs of one name."""
+        seen: set[str] = set()
+        for job in ours:
+            if job.state in STARTED:
+                if job.name in seen:
+                    self._fail(2, f"two jobs named {job.name} run at once")
+                seen.add(job.name)
+
+    def _told_ones_are_unrouted(self, ours: Iterable[SimJob]) -> None:
+        """Invariant 7: no request can reach a replica that was told to drain."""
+        told = {
+            job.engine.address: job
+            for job in ours
+            if job.told_at is not None and job.engine is not None and job.engine.draining
+        }
+        if not told:
+            return
+        for gateway in self._world.gateways.values():
+            for target in gateway.routes():
+                job = told.get(target.address)
+                if job is not None:
+                    self._fail(7, f"{gateway.name} can send requests to {job.name}, told to end")
+
+    # -- at each thing that the reconciler does
+
+    def call(self, what: str) -> None:
+        """Invariants 10 and 11: one look a cycle, and few queries."""
+        calls = self._world.cycle.calls
+        if calls["jobs"] + calls["nodes"] > MOST_SLURM_QUERIES:
+            self._fail(11, "more than three Slurm queries in one cycle")
+        if what in ("look", "probe", "pins", "load") and calls[what] > 1:
+            self._fail(10, f"{what} is asked more than once in one cycle")
+
+    def accepted(self, job: SimJob) -> None:
+        """Invariants 1, 2, 3 and 5, when Slurm has taken a submission."""
+        self._needs_a_listing("submitted")
+        name, comment = parse_name(job.name), parse_comment(job.base)
+        if name is None or name.fleet != FLEET or comment is None or comment.gpus != job.gpus:
+            self._fail(3, f"{job.name} could not be found again")
+            return
+        if job.name in self._submitted:
+            self._fail(2, f"{job.name} is submitted twice in one cycle")
+        self._submitted.add(job.name)
+        self._within_budget(job)
+        self._not_too_many(job, name.model)
+
+    def _within_budget(self, new: SimJob) -> None:
+        """What the reconciler could count, and what it has submitted in this cycle."""
+        held = sum(
+            self._counted_gpus(job)
+            for job in self._world.cluster.ours
+            if job is not new and job.listed and not self._on_dead_node(job)
+        )
+        self._submitted_gpus += new.gpus
+        budget = self._fleet.budget.gpus
+        if held + self._submitted_gpus > budget:
+            self._fail(
+                5, f"{new.name}: {held} held and {self._submitted_gpus} submitted of {budget}"
+            )
+
+    def _counted_gpus(self, job: SimJob) -> int:
+        """A job's GPUs; where its comment can't be read, what anyone could think that it has."""
+        if parse_comment(job.comment) is not None:
+            return job.gpus
+        name = parse_name(job.name)
+        model = self._fleet.model(name.model) if name is not None else None
+        return min(job.gpus, model.resources.gpus if model is not None else 1)
+
+    def _on_dead_node(self, job: SimJob) -> bool:
+        node = self._world.cluster.node(job.node)
+        return job.state == "COMPLETING" and node is not None and node.word == "down*"
+
+    def _not_too_many(self, new: SimJob, model_name: str) -> None:
+        model = self._fleet.model(model_name)
+        if model is None:
+            self._fail(2, f"{new.name} is submitted, and the spec has no such model")
+            return
+        succeeded = {
+            comment.succeeds
+            for job in self._world.cluster.ours
+            if (comment := parse_comment(job.base)) is not None
+        }
+        names = {
+            job.name
+            for job in self._world.cluster.ours
+            if job.name.split(".")[1] == model_name
+            and job.state != "COMPLETING"
+            and job.id not in self._leaving
+            and job.key not in succeeded
+            and (job.listed or job.name in self._submitted)
+            and not (job.engine is not None and job.engine.draining)
+        }
+        most = model.replicas + self._fleet.defaults.rollout.max_surge
+        if len(names) > most:
+            self._fail(2, f"{len(names)} replicas of {model_name}, {most} at most are wanted")
+
+    def told(self, ref: JobRef, job: SimJob | None) -> None:
+        """Invariants 1, 4, 7 and 8, when a job is about to be told to drain."""
+        self._needs_a_listing("told to drain")
+        if job is None or job.name != str(ref.name):
+            return  # gone, or its id is another's by now: Slurm checks the name before it acts
+        self._not_foreign(job)
+        if job.engine is None:
+            return
+        if job.state == "RUNNING" and not job.engine.trap:
+            self._fail(7, f"{job.name} is signalled before it has its trap: that cuts it")
+        self._spares_the_last(ref, job)
+
+    def cancelled(self, ref: JobRef, job: SimJob | None, *, pending: bool) -> None:
+        """Invariants 1, 4, 7 and 8, when a job is about to be cancelled."""
+        self._needs_a_listing("cancelled")
+        if job is None or job.name != str(ref.name):
+            return
+        self._not_foreign(job)
+        if job.engine is None or pending:
+            return
+        self._cuts_nothing(job)
+        self._spares_the_last(ref, job)
+
+    def _cuts_nothing(self, job: SimJob) -> None:
+        """Invariant 7: streams are cut only past the time to drain, which begins off the routes."""
+        engine, world = job.engine, self._world
+        if engine is None or not engine.answers:
+            return
+        gateways = world.gateways.values()
+        routed = any(job.key == target.key for g in gateways for target in g.routes())
+        began = max((gateway.left.get(job.key, 0.0) for gateway in gateways), default=0.0)
+        early = world.timeline.now - began < job.drain_timeout_s - 1
+        # Its drain may have begun at another gateway long before.
+        since = began - 2 * job.drain_timeout_s
+        if world.clock_jumped_at > since and self._excused("clock"):
+            return
+        if world.disk_full_until > since and self._excused("stale memory"):
+            return
+        ongoing = engine.ongoing(world.timeline.now)
+        if (early and ongoing) or (routed and early):
+            self._fail(7, f"{job.name} is cancelled with {ongoing} requests in flight")
+
+    def _spares_the_last(self, ref: JobRef, job: SimJob) -> None:
+        """Invariant 8: what serves goes for a newer revision only when others serve in its place.
+
+        The same for a walltime that ends, but for its last moments.
+        """
+        probe = self._world.cycle.probes.get(ref.key)
+        model = self._fleet.model(ref.name.model)
+        if self._plan is None or model is None or job.engine is None or not job.engine.serves:
+            return
+        if probe is None or probe.health is not Health.READY:
+            return  # that it serves since a moment ago, nobody could know
+        reason = next(
+            (
+                action.reason
+                for action in self._plan.actions
+                if isinstance(action, Drain | Cancel) and action.job.key == ref.key
+            ),
+            None,
+        )
+        if reason not in (Reason.STALE, Reason.EXPIRING):
+            return
+        if reason is Reason.EXPIRING and (self._ends_soon(job) or self._clock_is_wrong):
+            return
+        ready = sum(
+            view.name.model == model.name and view.status is Status.READY
+            for view in self._plan.replicas
+        )
+        needed = model.replicas - self._fleet.defaults.rollout.max_unavailable
+        if ready < needed:
+            self._fail(8, f"{job.name} goes although only {ready} of {needed} others serve")
+
+    def _ends_soon(self, job: SimJob) -> bool:
+        """Whether only the drain, and a while for cycles and reloads, is left of its walltime."""
+        left_s = (job.ends_at or 0) - self._world.timeline.now
+        return left_s <= job.drain_timeout_s + MARGIN_S
+
+    @property
+    def _clock_is_wrong(self) -> bool:
+        return self._world.cycle.clock_offset_s > 0 and self._excused("clock")
+
+    def rerouted(self, gateway: SimGateway, before: Configuration | None) -> None:
+        """Invariants 1 and 6, when a gateway runs another configuration."""
+        old = set(before.targets) if before is not None else set()
+        new = set(gateway.running.targets) if gateway.running is not None else set()
+        for target in new - old:
+            if (target.key, target.address) not in self._proven:
+                self._fail(6, f"{gateway.name} routes to {target}, which has proved nothing")
+            job = self._world.cluster.engines.get(target.address)
+            name = parse_name(job.name) if job is not None and job.key == target.key else None
+            if name is not None and name.model != target.model:
+                self._fail(6, f"{gateway.name} sends {target.model} to {job and job.name}")
+
+    def too_late(self, gateway: SimGateway, slow: Configuration) -> bool:
+        """The gap of the late reload: it would bring back routes that are gone by now."""
+        running = gateway.running.targets if gateway.running is not None else ()
+        return bool(set(slow.targets) - set(running)) and self._excused("late reload")
+
+    def changed(self) -> None:
+        """Invariant 1, when a gateway is about to be changed."""
+        self._needs_a_listing("rerouted")
+
+    # -- around a cycle
+
+    def begin(self) -> None:
+        """A cycle begins."""
+        self._plan, self._submitted_gpus = None, 0
+        self._submitted.clear()
+
+    def planned(self, plan: Plan) -> None:
+        """Invariants 1 and 3, when a cycle has decided."""
+        self._plan = plan
+        if plan.actions and not self._believable:
+            self._fail(1, f"no listing to be trusted, and yet: {plan.actions[0].kind}")
+        self._keeps_what_it_cannot_see(plan)
+        self._owns_all(plan)
+
+    def probed(self, probes: Mapping[JobKey, Probe]) -> None:
+        """Note which addresses have answered a completion, by the truth of the engine there."""
+        for key, probe in probes.items():
+            job = self._world.cluster.jobs.get(key[0])
+            if job is None or job.key != key or job.engine is None:
+                continue
+            if probe.health is Health.READY and job.engine.completes:
+                self._proven.add((key, job.engine.address))
+
+    def _keeps_what_it_cannot_see(self, plan: Plan) -> None:
+        """Invariant 1: while no probe gets out, the routes of several replicas stay as they are."""
+        cycle = self._world.cycle
+        routed = {target.key for view in cycle.views for target in view.targets}
+        silent = {key for key in routed if _silent(cycle, key)}
+        if not cycle.cut or len(silent) < 2 or 2 * len(silent) <= len(routed):
+            return
+        keep = {key for key in silent if key[0] not in self._leaving}
+        for action in plan.actions:
+            if isinstance(action, Route) and keep - {target.key for target in action.targets}:
+                self._fail(1, "no probe gets out, and that is taken for the fleet's fault")
+
+    def _owns_all(self, plan: Plan) -> None:
+        """Invariant 3: every live job of ours that was listed is somewhere in the plan."""
+        world = self._world
+        if not world.cycle.believable or not plan.replicas:
+            return
+        known = {view.job_id for view in plan.replicas}
+        for job in world.cluster.ours:
+            old = job.listed and job.submitted_at < world.timeline.now - _YOUNG_S
+            # A garbled record may have lost its id.
+            if old and job.id not in known and 0 not in known:
+                self._fail(3, f"job {job.id} ({job.name}) is in no plan")
+
+    def stopped(self, error: BaseException) -> None:
+        """Invariant 9: an error that is not one line for the user would stop every model."""
+        self._fail(9, f"the cycle ended with {type(error).__name__}: {error}")
+
+    # -- helpers
+
+    @property
+    def _fleet(self) -> Fleet:
+        fleet = self._world.cycle.fleet
+        assert fleet is not None
+        return fleet
+
+    @property
+    def _leaving(self) -> set[int]:
+        views = self._plan.replicas if self._plan is not None else ()
+        return {v.job_id for v in views if v.status in (Status.LEAVING, Status.DRAINING)}
+
+    @property
+    def _believable(self) -> bool:
+        """Whether this cycle has a listing, and not one that has lost every job that it knew."""
+        cycle = self._world.cycle
+        return cycle.believable or (cycle.hidden and self._excused("intents"))
+
+    def _needs_a_listing(self, done: str) -> None:
+        if not self._believable:
+            self._fail(1, f"something was {done} without a listing to be trusted")
+
+    def _not_foreign(self, job: SimJob) -> None:
+        if not job.ours:
+            self._fail(4, f"job {job.id} ({job.name} of {job.user}) is not ours")
+
+    def _excused(self, gap: str) -> bool:
+        return gap in KNOWN_GAPS and not self._strict
+
+    def _fail(self, number: int, text: str) -> None:
+        violation = Violation(number, text)
+        if self.violation is None:
+            self.violation = violation
+        raise violation
+
+
+def _silent(cycle: Cycle, key: JobKey) -> bool:
+    probe = cycle.probes.get(key)
+    return probe is not None and probe.health is Health.SILENT

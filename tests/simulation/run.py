@@ -1,0 +1,423 @@
+"""One run: a spec, a world, a seed, and cycles in which things go wrong; then calm, and it settles.
+
+Safety: whatever goes wrong, the invariants hold at every instant. Liveness: once nothing goes wrong
+any more, the fleet becomes what the spec says within a bound, and stays so.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+from unittest.mock import patch
+
+from reconciler.cycle import cycle
+from reconciler.errors import FleetError
+from reconciler.plan import NoteKind, Plan, Status
+from reconciler.planner import plan
+from reconciler.routes import GatewayFiles, render_gateway
+from reconciler.spec import Fleet, Model
+from reconciler.state import Target
+from tests.simulation import faults
+from tests.simulation.cluster import Cluster, SimJob
+from tests.simulation.faults import Event
+from tests.simulation.gateways import SimGateway
+from tests.simulation.invariants import Invariants, Violation
+from tests.simulation.specs import BAD, NAMES, first_spec
+from tests.simulation.timeline import Timeline
+from tests.simulation.world import Cycle, Killed, SimWorld
+
+# A revision that failed by chance five times in a row is halted for an hour (failures.HALT_S).
+SETTLES_WITHIN_S = 2 * 3600.0
+STAYS_FOR_CYCLES = 4
+BAD_RELEASE_CYCLES = 90
+
+
+@dataclass(slots=True, kw_only=True)
+class Result:
+    """What a run has shown."""
+
+    seed: int
+    cycles: int
+    events: Sequence[Event]
+    violation: Violation | None = None
+    failed_at: int = 0
+    struck: Counter[str] = field(default_factory=Counter)
+    boundaries: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    settled_after_s: float = 0.0
+
+    @property
+    def script(self) -> str:
+        """The run as text that replays it."""
+        lines = [f"seed {self.seed}", f"cycles {self.cycles}", *map(str, self.events)]
+        return "\n".join(lines) + "\n"
+
+
+class Simulation:
+    """One seed's world and its reconciler."""
+
+    def __init__(
+        self,
+        seed: int,
+        cycles: int,
+        events: Sequence[Event] | None = None,
+        *,
+        say: Callable[[str], None] | None = None,
+        strict: bool = False,
+    ) -> None:
+        self._seed, self._cycles = seed, cycles
+        random = Random(seed)
+        self.spec = first_spec(random)
+        drawn = faults.draw(random, cycles)
+        self._events = drawn if events is None else list(events)
+        self._by_cycle: dict[int, list[Event]] = {}
+        for event in self._events:
+            self._by_cycle.setdefault(event.cycle, []).append(event)
+        self.timeline = Timeline()
+        min_job_age_s = random.choice((5.0, 30.0, 300.0))
+        cluster = Cluster(
+            self.timeline, seed, nodes=4, gpus_per_node=4, min_job_age_s=min_job_age_s
+        )
+        gateways = [
+            SimGateway(f"gateway{at}", self.timeline) for at in range(1, self.spec.gateways + 1)
+        ]
+        self.world = SimWorld(self.timeline, cluster, gateways)
+        self.invariants = Invariants(self.world, strict=strict)
+        self.world.watch = self.invariants
+        self.timeline.watch = self.invariants.instant
+        self._adapters = self.world.adapters
+        self._say = say
+        self._strict = strict
+        self._at_cycle = 0
+        self._plan: Plan | None = None
+        self.result = Result(seed=seed, cycles=cycles, events=self._events)
+
+    def run(self) -> Result:
+        """Run all cycles, then the calm. A violation ends the run and is in the result."""
+        try:
+            for _ in range(self._cycles):
+                self._cycle(self._by_cycle.get(self._at_cycle, ()))
+            self.timeline.advance(faults.LATEST_S)
+            self._heal()
+            self._settle()
+            if self._seed % 3 == 0:
+                self._release_badly()
+        except Violation as violation:
+            self.result.violation = violation
+        self.result.violation = self.invariants.violation or self.result.violation
+        self.result.failed_at = self._at_cycle
+        self.result.struck = self.world.struck
+        self.result.boundaries = self.world.boundaries
+        return self.result
+
+    # -- one cycle
+
+    def _cycle(self, events: Sequence[Event]) -> Plan | None:
+        """Let one cycle happen, and the time until the next. Returns its plan if it had one."""
+        world = self.world
+        random = world.random = Random(self._seed * 10_007 + self._at_cycle)
+        world.cycle = Cycle()
+        for event in events:
+            self._tell(f"    {event}")
+            self._apply(event, random)
+        world.cycle.fleet = self.spec.fleet
+        world.cycle.clock_offset_s = world.clock_offset_s
+        self.invariants.begin()
+        plan = self._once()
+        for fault in faults.ARMED_ONCE:
+            world.armed.pop(fault, None)
+        world.crash_in = None
+        self._at_cycle += 1
+        acted = plan is not None and plan.actions
+        pause_s = 1.0 if acted else random.choice((2.0, 10.0, 10.0, 30.0))
+        self.timeline.advance(pause_s / 2)
+        self._traffic(random)
+        self.timeline.advance(pause_s / 2)
+        self.invariants.instant()
+        return plan
+
+    def _apply(self, event: Event, random: Random) -> None:
+        """Edits and armed faults at once, the others at some moment of the cycle."""
+        if event.kind in faults.STRIKES:
+            self.timeline.after(
+                random.random() * 6.0, lambda: faults.apply(event, self.world, self.spec)
+            )
+        else:
+            faults.apply(event, self.world, self.spec)
+
+    def _once(self) -> Plan | None:
+        """Run one cycle of the reconciler, as `fleet run` does."""
+        world, fleet = self.world, self.spec.fleet
+        self._plan = None
+        try:
+            with self._adapters.store.locked():
+                outcome = cycle(
+                    fleet,
+                    self._adapters,
+                    at=world.clock(),
+                    commit=None,
+                    say=self._tell,
+                    allow_destroy=self.spec.allow_destroy,
+                )
+            for error in outcome.errors:
+                self._tell(f"failed: {error}")
+        except Killed as where:
+            self._tell(f"killed {where}")
+        except FleetError as error:
+            self._tell(f"nothing done in this cycle: {error}")
+        except Violation:
+            raise
+        except Exception as error:
+            self._tell(f"{type(error).__name__}: {error}")
+            self.invariants.stopped(error)
+        return self._plan
+
+    def planned(self, plan: Plan) -> None:
+        """The reconciler has decided; called before anything of it is done."""
+        self._plan = plan
+        for action in plan.actions:
+            if hasattr(action, "reason"):
+                self.result.reasons[action.reason] += 1
+        for note in plan.notes:
+            self.result.notes[note.kind] += 1
+            if note.kind is NoteKind.SUSPICIOUS_LISTING:
+                self.world.cycle.suspicious = self.world.lied = True
+        if self._say is not None:
+            self._describe(plan)
+        self.invariants.planned(plan)
+
+    def _traffic(self, random: Random) -> None:
+        """Send requests through every route there is."""
+        now = self.timeline.now
+        for gateway in self.world.gateways.values():
+            for target in gateway.routes():
+                job = self.world.cluster.engines.get(target.address)
+                if job is None or job.engine is None or not job.engine.serves:
+                    continue
+                if random.random() < 0.6:
+                    length_s = random.choice((0.5, 3.0, 8.0, 20.0, 45.0))
+                    job.engine.streams.append(now + length_s)
+                elif random.random() < 0.02:
+                    job.engine.streams.append(now + 600.0)
+
+    # -- the calm
+
+    def _heal(self) -> None:
+        """End every fault that lasts. What was broken by then stays for the reconciler to mend."""
+        world, cluster = self.world, self.world.cluster
+        now = self.timeline.now
+        world.cut_until = world.disk_full_until = now
+        world.armed.clear()
+        world.set_clock(0.0)
+        world.image_missing_until = dict.fromkeys(world.image_missing_until, now)
+        for gateway in world.gateways.values():
+            gateway.unreachable_until = now
+        cluster.up = True
+        cluster.excludes = self._strict  # KNOWN_GAPS: "quarantine"
+        for node in cluster.nodes:
+            cluster.restore_power(node)
+            cluster.resume_node(node)
+        for job in list(cluster.jobs.values()):
+            job.held, job.shown = False, None
+            if job.base and job.live:
+                _heal_job(job)
+                cluster.publish(job)
+        for wanted in self.spec.models.values():
+            wanted.suspend = False
+            wanted.behaviour = "good"
+        self.spec.walltime = "8:00:00"
+        self.spec.allow_destroy = frozenset(NAMES) - self.spec.models.keys()
+        if not self.spec.commit():
+            raise AssertionError("the healed spec is refused")
+        cluster.kick()
+
+    def _settle(self) -> None:
+        """Liveness: the fleet becomes what the spec says within a bound, and stays so."""
+        began, quiet = self.timeline.now, 0
+        while quiet < STAYS_FOR_CYCLES:
+            unlike = self._unlike(self._cycle(()))
+            if unlike is None:
+                quiet += 1
+                if quiet == 1:
+                    self.result.settled_after_s = self.timeline.now - began
+            elif quiet:
+                raise Violation(0, f"settled, and yet: {unlike}")
+            elif self.timeline.now - began > SETTLES_WITHIN_S:
+                raise Violation(0, f"not settled after an hour of calm: {unlike}")
+
+    def _release_badly(self) -> None:
+        """Invariants 8 and 9: a revision that never serves costs its model and the others nothing.
+
+        The fleet has settled; one model gets a release that is no good, another a good one at the
+        same time; the bad one is taken back later.
+        """
+        random = Random(self._seed)
+        bad, *others = random.sample(sorted(self.spec.models), len(self.spec.models))
+        wanted = self.spec.models[bad]
+        good = wanted.version, wanted.behaviour
+        wanted.version, wanted.behaviour = wanted.version + 1000, random.choice((*BAD, "rejected"))
+        for name in others[:1]:
+            self.spec.models[name].version += 1000
+        self.spec.commit()
+        for at in range(BAD_RELEASE_CYCLES):
+            plan = self._cycle(())
+            for model in self.spec.fleet.models:
+                self._serves(model)
+            if at > BAD_RELEASE_CYCLES / 3 and plan is not None and _is_new(plan, others[:1]):
+                break
+        else:
+            if (
+                wanted.behaviour not in ("hang", "sick", "rejected") or self._strict
+            ):  # KNOWN_GAPS: "endless"
+                raise Violation(9, f"{bad} can't be released, and neither is {others}")
+        wanted.version, wanted.behaviour = good
+        self.spec.commit()
+        self._settle()
+
+    def _serves(self, model: Model) -> None:
+        """Raise Violation unless each gateway has as many that serve as a rollout leaves."""
+        least = model.replicas - self.spec.fleet.defaults.rollout.max_unavailable
+        engines = self.world.cluster.engines
+        for gateway in self.world.gateways.values():
+            targets = gateway.running.targets if gateway.running is not None else ()
+            jobs = [engines.get(target.address) for target in targets if target.model == model.name]
+            serving = sum(job is not None and job.serves for job in jobs)
+            if serving < least:
+                raise Violation(
+                    8, f"{gateway.name} has {serving} of {model.name}, {least} served before"
+                )
+
+    def _unlike(self, plan: Plan | None) -> str | None:
+        """Return how the fleet differs from the spec, by its plan or in truth, or None."""
+        if plan is None:
+            return "no plan at all"
+        if not plan.converged:
+            return _difference(plan)
+        wanted = sum(model.replicas for model in self.spec.fleet.models)
+        ours = [job for job in self.world.cluster.ours if job.state != "COMPLETING"]
+        sick = [job.name for job in ours if not job.serves]
+        if sick:
+            return f"not serving: {sick}"
+        if len(ours) != wanted:
+            return (
+                f"{len(ours)} jobs instead of {wanted}: {[(j.id, j.name, j.state) for j in ours]}"
+            )
+        for gateway in self.world.gateways.values():
+            routed = len(gateway.running.targets) if gateway.running is not None else 0
+            if routed != wanted:
+                return f"{gateway.name} routes to {routed} instead of {wanted}"
+        return None
+
+    # -- for people
+
+    def _tell(self, text: str) -> None:
+        if self._say is not None:
+            self._say(f"[{self.timeline.now - 1_000_000:8.1f}] {self._at_cycle:3} {text}")
+
+    def _describe(self, plan: Plan) -> None:
+        jobs = ", ".join(
+            f"{view.job_id}:{view.name.model}.{view.name.revision[:3]}.{view.name.ordinal}"
+            f" {view.status}{'+' if view.routed else ''}"
+            for view in plan.replicas
+        )
+        self._tell(f"sees {jobs or 'no jobs'}; {plan.gpus_held}/{plan.gpus_budget} GPUs")
+        for note in plan.notes:
+            self._tell(f"  note {note.kind}: {note.subject}: {note.text}")
+        for action in plan.actions:
+            self._tell(f"  {action.kind}: {_action(action)}")
+
+
+def _is_new(plan: Plan, names: Sequence[str]) -> bool:
+    """Whether these models have all their replicas of the wanted revision, ready."""
+    ready = {
+        name: sum(
+            view.name.model == name and view.current and view.status is Status.READY
+            for view in plan.replicas
+        )
+        for name in names
+    }
+    return all(ready[view.name] >= view.wanted for view in plan.models if view.name in ready)
+
+
+def _heal_job(job: SimJob) -> None:
+    engine = job.engine
+    if engine is not None and engine.mode != "well":
+        engine.mode = "sick"  # for ever: the reconciler must replace it
+    job.eligible_at = 0.0
+    job.walltime_s = 8 * 3600
+    if job.ends_at is not None:
+        job.ends_at += 8 * 3600
+
+
+def _action(action: Any) -> str:
+    if action.kind == "submit":
+        return f"{action.name} ({action.reason})"
+    if action.kind == "route":
+        return f"{' '.join(action.gateways)} to {[t.job_id for t in action.targets]}"
+    return f"job {action.job.id} ({action.reason})"
+
+
+def _difference(plan: Plan) -> str:
+    notes = "; ".join(f"{note.kind} {note.subject} {note.text}" for note in plan.notes)
+    odd = [view for view in plan.replicas if view.status is not Status.READY or not view.current]
+    return f"{len(plan.actions)} actions, {[(str(v.name), str(v.status)) for v in odd]}, {notes}"
+
+
+# -- what is pure is worked out once
+
+
+@contextmanager
+def harness(simulation: Simulation) -> Iterator[None]:
+    """Show each plan to the running simulation, and look up what pure functions gave before.
+
+    The reconciler's code runs as it is: only rendering and hashing, which would take most of a
+    cycle and are pure, are not done again for the same arguments.
+    """
+    rendered: dict[tuple[int, tuple[Target, ...]], GatewayFiles] = {}
+    revisions: dict[tuple[int, str], str] = {}
+    kept: list[object] = []  # an id is one object's only while that lives
+    plain_revision = Model.revision
+
+    def shown_plan(*arguments: Any, **keys: Any) -> Plan:
+        decided = plan(*arguments, **keys)
+        simulation.planned(decided)
+        return decided
+
+    def render(fleet: Fleet, targets: Iterable[Target]) -> GatewayFiles:
+        key = (id(fleet), tuple(sorted(targets)))
+        if key not in rendered:
+            kept.append(fleet)
+            rendered[key] = render_gateway(fleet, key[1])
+        return rendered[key]
+
+    def revision(model: Model, image_digest: str) -> str:
+        key = (id(model), image_digest)
+        if key not in revisions:
+            kept.append(model)
+            revisions[key] = plain_revision(model, image_digest)
+        return revisions[key]
+
+    with (
+        patch("reconciler.cycle.plan", shown_plan),
+        patch("reconciler.planner.render_gateway", render),
+        patch("reconciler.execute.render_gateway", render),
+        patch.object(Model, "revision", revision),
+    ):
+        yield
+
+
+def simulate(
+    seed: int,
+    cycles: int,
+    events: Sequence[Event] | None = None,
+    *,
+    say: Callable[[str], None] | None = None,
+    strict: bool = False,
+) -> Result:
+    """Run one seed; with `events` those happen and no others."""
+    simulation = Simulation(seed, cycles, events, say=say, strict=strict)
+    with harness(simulation):
+        return simulation.run()

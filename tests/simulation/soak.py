@@ -1,0 +1,93 @@
+"""Many seeds at once: on every processor, with progress, and a table of what has occurred."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+
+from reconciler.plan import NoteKind, Reason
+from tests.simulation.faults import KINDS
+from tests.simulation.run import Result, simulate
+
+# A rule that was never tried is not known to hold: everything must have occurred so often.
+LEAST = 20
+BOUNDARIES = tuple(
+    f"{side} {call}"
+    for call in ("submit", "change", "drain", "cancel", "save")
+    for side in ("before", "after")
+)
+
+
+@dataclass(slots=True)
+class Totals:
+    """What many runs have shown together."""
+
+    seeds: int = 0
+    cycles: int = 0
+    slowest_s: float = 0.0
+    failed: list[Result] = field(default_factory=list)
+    faults: Counter[str] = field(default_factory=Counter)
+    kills: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, result: Result) -> None:
+        """Add one run."""
+        self.seeds += 1
+        self.cycles += result.failed_at
+        self.slowest_s = max(self.slowest_s, result.settled_after_s)
+        if result.violation is not None:
+            self.failed.append(result)
+        self.faults += result.struck
+        self.kills += result.boundaries
+        self.reasons += result.reasons
+        self.notes += result.notes
+
+    def missing(self, least: int = LEAST) -> list[str]:
+        """Return what has occurred too seldom for the run to mean much."""
+        wanted: list[tuple[str, Counter[str], Iterable[str]]] = [
+            ("fault", self.faults, KINDS),
+            ("kill", self.kills, BOUNDARIES),
+            ("reason", self.reasons, Reason),
+            ("note", self.notes, NoteKind),
+        ]
+        return [
+            f"{sort} {name}: {counts[name]} times"
+            for sort, counts, names in wanted
+            for name in names
+            if counts[name] < least
+        ]
+
+    def table(self) -> str:
+        """Return the totals for people."""
+        lines = [
+            f"{self.seeds} seeds, {self.cycles} cycles, {len(self.failed)} failed; "
+            f"slowest to settle: {self.slowest_s:.0f} s"
+        ]
+        for title, counts in (
+            ("faults", self.faults),
+            ("killed", self.kills),
+            ("reasons", self.reasons),
+            ("notes", self.notes),
+        ):
+            words = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+            lines.append(f"{title}: {words}")
+        return "\n".join(lines)
+
+
+def soak(seeds: Sequence[int], cycles: int, *, say: Callable[[str], None] | None = None) -> Totals:
+    """Run all seeds. `say` is told of the progress and of each failure."""
+    totals = Totals()
+    jobs = min(len(seeds), os.cpu_count() or 1)
+    # A fresh interpreter for each process: a copy of pytest's, threads and all, may deadlock.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        runs = pool.map(simulate, seeds, [cycles] * len(seeds), chunksize=5)
+        for result in runs:
+            totals.add(result)
+            if say is not None and result.violation is not None:
+                say(f"seed {result.seed}: {result.violation}")
+            if say is not None and totals.seeds % 100 == 0:
+                say(f"{totals.seeds} of {len(seeds)} seeds, {len(totals.failed)} failed")
+    return totals

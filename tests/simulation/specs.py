@@ -1,0 +1,96 @@
+"""The fleet spec of a run, and the edits that people make to it meanwhile."""
+
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+from reconciler.spec import Fleet, impossibilities
+from tests.simulation.cluster import FLEET
+
+NAMES = ("alpha", "beta", "gamma", "delta")
+BAD = ("crash", "oom", "hang", "sick", "arguments", "weights", "image", "rejected")
+
+
+@dataclass(slots=True)
+class Wanted:
+    """One model of the spec, as an edit changes it."""
+
+    replicas: int
+    gpus: int = 1
+    image: str = "one"
+    version: int = 0  # any change of it is a new revision
+    behaviour: str = "good"
+    suspend: bool = False
+
+
+@dataclass(slots=True)
+class Spec:
+    """The spec of a run. An edit that would not pass `fleet validate` is taken back."""
+
+    budget: int
+    rollout: dict[str, int]
+    walltime: str
+    gateways: int
+    models: dict[str, Wanted] = field(default_factory=dict)
+    allow_destroy: frozenset[str] = frozenset()
+    _built: Fleet | None = None
+
+    @property
+    def fleet(self) -> Fleet:
+        """Return the fleet as the spec is now; the same object until the next edit."""
+        if self._built is None:
+            self._built = Fleet.model_validate(self._record())
+        return self._built
+
+    def commit(self) -> bool:
+        """Take an edit into use. Returns False if the spec would be refused."""
+        self._built = None
+        return not list(impossibilities(self.fleet))
+
+    def _record(self) -> dict[str, Any]:
+        return {
+            "version": 1,
+            "fleet": FLEET,
+            "slurm": {"partition": "gpu", "walltime": self.walltime, "log_dir": "/shared/logs"},
+            "budget": {"gpus": self.budget},
+            "images": {
+                name: {"runtime": "none", "path": f"/opt/{name}"} for name in ("one", "two")
+            },
+            "gateway": {"hosts": [{"name": f"gateway{at}"} for at in range(1, self.gateways + 1)]},
+            "defaults": {
+                "startup_timeout_s": 90,
+                "drain_timeout_s": 120,
+                "rollout": self.rollout,
+            },
+            "models": [_model(name, wanted) for name, wanted in self.models.items()],
+        }
+
+
+def _model(name: str, wanted: Wanted) -> dict[str, Any]:
+    return {
+        "name": name,
+        "image": wanted.image,
+        "weights": f"/models/{name}",
+        "args": {"seed": wanted.version},
+        "env": {} if wanted.behaviour == "good" else {"SIM_BEHAVIOUR": wanted.behaviour},
+        "resources": {"gpus": wanted.gpus, "cpus": 4, "memory": "16G"},
+        "replicas": wanted.replicas,
+        "suspend": wanted.suspend,
+    }
+
+
+def first_spec(random: Random) -> Spec:
+    """Return the spec that a run begins with: two or three models, seldom a tight budget."""
+    tight = random.random() < 0.2
+    spec = Spec(
+        budget=6 if tight else 9,
+        rollout={"max_surge": 1, "max_unavailable": 1 if tight or random.random() < 0.3 else 0},
+        walltime=random.choice(("0:10:00", "1:00:00", "8:00:00")),
+        gateways=random.choice((1, 2, 2)),
+    )
+    for name in NAMES[: random.choice((2, 3))]:
+        spec.models[name] = Wanted(replicas=random.choice((1, 2, 2)), image=random.choice(_IMAGES))
+    return spec
+
+
+_IMAGES = ("one", "two")

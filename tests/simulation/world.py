@@ -1,0 +1,474 @@
+"""The adapters of a simulated world: the reconciler's Protocols, and where faults enter.
+
+Each call begins and ends at a boundary: time passes there, other things happen, the invariants are
+checked, and a crash of the reconciler may come (`Killed`).
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from random import Random
+
+from reconciler.adapters import slurm_cli
+from reconciler.adapters.ports import ImagePin, Listing, Result
+from reconciler.errors import (
+    GatewayFailed,
+    SlurmUnavailable,
+    StateFailed,
+    SubmitRejected,
+    SubmitUnknown,
+)
+from reconciler.observe import World
+from reconciler.plan import Action, JobRef
+from reconciler.routes import GatewayFiles
+from reconciler.spec import Fleet
+from reconciler.state import GatewayView, Health, Job, JobKey, Memory, Probe
+from tests.simulation.cluster import USER, Cluster, Engine, SimJob
+from tests.simulation.gateways import Configuration, SimGateway
+from tests.simulation.timeline import Timeline
+
+
+class Killed(BaseException):
+    """The reconciler's process ends here, as by kill -9."""
+
+
+@dataclass(slots=True)
+class Cycle:
+    """What happened in one cycle so far, for the invariants."""
+
+    calls: Counter[str] = field(default_factory=Counter)
+    believable: bool = False  # the plan's listing was whole and true
+    garbled: bool = False
+    suspicious: bool = False  # the reconciler waits for one more look, and will believe that
+    hidden: bool = False  # the listing was empty, and nothing saved says that there were jobs
+    cut: bool = False  # no probe got out
+    views: tuple[GatewayView, ...] = ()
+    probes: Mapping[JobKey, Probe] = field(default_factory=dict)
+    fleet: Fleet | None = None
+    clock_offset_s: float = 0.0  # when it began
+
+
+class Watch:
+    """What the world tells the invariants; each method may raise Violation."""
+
+    def call(self, what: str) -> None:
+        """An adapter is asked."""
+
+    def probed(self, probes: Mapping[JobKey, Probe]) -> None:
+        """The engines have answered."""
+
+    def accepted(self, job: SimJob) -> None:
+        """Slurm has taken a submission."""
+
+    def told(self, ref: JobRef, job: SimJob | None) -> None:
+        """A job is about to be told to drain."""
+
+    def cancelled(self, ref: JobRef, job: SimJob | None, *, pending: bool) -> None:
+        """A job is about to be cancelled."""
+
+    def changed(self) -> None:
+        """A gateway is about to be changed."""
+
+    def too_late(self, gateway: SimGateway, slow: Configuration) -> bool:
+        """Whether a late reload is not to come, as nothing could be right after it."""
+        return not (gateway and slow)
+
+    def rerouted(self, gateway: SimGateway, before: Configuration | None) -> None:
+        """A gateway runs another configuration."""
+
+
+class SimWorld:
+    """Everything outside of the reconciler's process."""
+
+    def __init__(
+        self, timeline: Timeline, cluster: Cluster, gateways: Sequence[SimGateway]
+    ) -> None:
+        self.timeline = timeline
+        self.cluster = cluster
+        self.gateways = {gateway.name: gateway for gateway in gateways}
+        self.watch = Watch()
+        self.cycle = Cycle()
+        self.random = Random(0)  # another one for each cycle: latencies and the like
+        self.armed: dict[str, int] = {}  # faults that wait for their call -> their amount
+        self.struck: Counter[str] = Counter()  # faults that have happened
+        self.boundaries: Counter[str] = Counter()  # where the reconciler was killed
+        self.crash_in: int | None = None  # boundaries to go
+        self.clock_offset_s = 0.0
+        self.clock_jumped_at = 0.0  # when it last jumped forward
+        self.lied = False  # the last listing was no good, and said so to nobody
+        self.cut_until = 0.0  # no probe leaves the reconciler's host until then
+        self.images = {"one": 1, "two": 1}
+        self.image_missing_until = {"one": 0.0, "two": 0.0}
+        self.disk_full_until = 0.0
+        self.memory = Memory()
+        self.submitted: SimJob | None = None
+
+    @property
+    def adapters(self) -> World:
+        """The world as the reconciler gets it."""
+        return World(
+            slurm=SimSlurm(self),
+            engines=SimEngines(self),
+            gateways=SimGateways(self),
+            images=SimImages(self),
+            store=SimStore(self),
+        )
+
+    def clock(self) -> float:
+        """Return the time that the reconciler's host believes in."""
+        return self.timeline.now + self.clock_offset_s
+
+    def set_clock(self, offset_s: float) -> None:
+        """Let the clock of the reconciler's host jump; Slurm's and the nodes' clocks are right."""
+        if offset_s > self.clock_offset_s:
+            self.clock_jumped_at = self.timeline.now
+        self.clock_offset_s = offset_s
+
+    def strikes(self, fault: str) -> bool:
+        """Whether an armed fault strikes now; it strikes once."""
+        if self.armed.pop(fault, None) is None:
+            return False
+        self.struck[fault] += 1
+        return True
+
+    def boundary(self, where: str) -> None:
+        """Let a moment pass, and the reconciler's process end if its time has come."""
+        self.timeline.advance(self.random.random() * 0.4)
+        if self.strikes(f"crash_{where.replace(' ', '_')}"):
+            self._kill(where)
+        if self.crash_in is None:
+            return
+        self.crash_in -= 1
+        if self.crash_in < 0:
+            self.crash_in = None
+            self.struck["crash"] += 1
+            self._kill(where)
+
+    def _kill(self, where: str) -> None:
+        self.boundaries[where] += 1
+        raise Killed(where)
+
+    @contextmanager
+    def call(self, what: str) -> Iterator[None]:
+        """Wrap one call of an adapter into its two boundaries."""
+        self.boundary(f"before {what}")
+        self.cycle.calls[what] += 1
+        self.watch.call(what)
+        yield
+        self.boundary(f"after {what}")
+
+
+@dataclass(frozen=True, slots=True)
+class SimSlurm:
+    """The Slurm adapter."""
+
+    world: SimWorld
+
+    def jobs(self, fleet: str) -> Listing:
+        world = self.world
+        with world.call("jobs"):
+            first = world.cycle.calls["jobs"] == 1
+            if not world.cluster.up or world.strikes("listing_fails"):
+                raise SlurmUnavailable("squeue gave no answer in 20 s")
+            mark = "|mark|"
+            text = self._text(mark)
+            if text and world.strikes("listing_partial"):
+                text = text[: 1 + world.random.randrange(len(text) - 1)]
+                text = text.rstrip("\n")
+            # Twice in a row is believed, as it must be.
+            lie = bool(world.cluster.ours) and not world.lied and world.strikes("listing_empty")
+            if lie:
+                text = ""
+            world.lied = world.lied or lie or world.cycle.garbled
+            listing = slurm_cli.parse_listing(text, mark=mark, fleet=fleet, user=USER)
+            if lie:
+                world.cycle.hidden = not any(job.remembered for job in world.cluster.ours)
+            # What the executor's second listing shows, the plan does not know.
+            if first and not lie:
+                world.cycle.believable = True
+                for job in world.cluster.jobs.values():
+                    job.listed = True
+            return listing
+
+    def _text(self, mark: str) -> str:
+        """What squeue prints: the fields in the adapter's order, each with the mark behind it."""
+        world = self.world
+        records = [_record(job) for job in world.cluster.jobs.values()]
+        if world.cluster.ours and world.strikes("listing_garbled"):
+            world.cycle.garbled = True
+            live = {str(job.id) for job in world.cluster.ours}
+            victims = [record for record in records if record["JobID"] in live]
+            victim = victims[world.random.randrange(len(victims))]
+            field_name = world.random.choice(("State", "SubmitTime", "RestartCnt", "JobID"))
+            victim[field_name] = "" if field_name == "State" else "N/A"
+        return "".join(
+            "".join(f"{record.get(name, '')}{mark}" for name in slurm_cli._FIELDS) + "\n"
+            for record in records
+        )
+
+    def nodes(self) -> Mapping[str, str]:
+        with self.world.call("nodes"):
+            if not self.world.cluster.up or self.world.strikes("nodes_fail"):
+                raise SlurmUnavailable("sinfo gave no answer in 20 s")
+            return self.world.cluster.words()
+
+    def submit(self, script: str) -> int:
+        world = self.world
+        with world.call("submit"):
+            if "SIM_BEHAVIOUR=rejected" in script:
+                raise SubmitRejected("sbatch: Invalid account")
+            if not world.cluster.up:
+                raise SubmitUnknown("sbatch: Unable to contact slurm controller")
+            if world.strikes("submit_rejected"):
+                raise SubmitRejected("sbatch: Invalid qos specification")
+            if world.strikes("submit_lost_never"):
+                raise SubmitUnknown("sbatch gave no answer in 20 s")
+            if "submit_lost_late" in world.armed:
+                delay_s = 1.0 + world.armed["submit_lost_late"] / 2
+                world.strikes("submit_lost_late")
+                world.timeline.after(delay_s, lambda: self._land(script))
+                raise SubmitUnknown("sbatch gave no answer in 20 s")
+            job = world.cluster.accept(script)
+            world.watch.accepted(job)
+            if world.strikes("submit_lost_now"):
+                raise SubmitUnknown("sbatch: Socket timed out on send/recv operation")
+            return job.id
+
+    def _land(self, script: str) -> None:
+        # A crash of slurmctld in between takes it along.
+        if self.world.cluster.up:
+            self.world.cluster.accept(script)
+
+    def drain(self, job: JobRef) -> None:
+        world = self.world
+        with world.call("drain"):
+            if not world.cluster.up or world.strikes("drain_fails"):
+                raise SlurmUnavailable("scancel gave no answer in 20 s")
+            found = world.cluster.jobs.get(job.id)
+            world.watch.told(job, found)
+            if _is(found, job) and found is not None and found.state == "RUNNING":
+                found.told_at = world.timeline.now
+                world.cluster.signal(found)
+            if world.strikes("drain_lost"):
+                raise SlurmUnavailable("scancel: Socket timed out on send/recv operation")
+
+    def cancel(self, job: JobRef, *, pending: bool) -> None:
+        world = self.world
+        with world.call("cancel"):
+            if not world.cluster.up or world.strikes("cancel_fails"):
+                raise SlurmUnavailable("scancel gave no answer in 20 s")
+            found = world.cluster.jobs.get(job.id)
+            world.watch.cancelled(job, found, pending=pending)
+            if _is(found, job) and found is not None and (found.state == "PENDING" or not pending):
+                world.cluster.cancel(found)
+            if world.strikes("cancel_lost"):
+                raise SlurmUnavailable("scancel: Socket timed out on send/recv operation")
+
+
+def _is(found: SimJob | None, ref: JobRef) -> bool:
+    """scancel's own check: --user and --name."""
+    return found is not None and found.user == USER and found.name == str(ref.name)
+
+
+def _record(job: SimJob) -> dict[str, str]:
+    """One job as squeue prints it, by squeue's names of the fields."""
+    return {
+        "JobID": str(job.id),
+        "UserName": job.user,
+        "State": job.shown or job.state,
+        "SubmitTime": str(job.submitted_at),
+        "StartTime": str(job.started_at or "N/A"),
+        "EndTime": str(job.ends_at or "N/A"),
+        "NodeList": job.node,
+        "Reason": job.reason,
+        "RestartCnt": str(job.restarts),
+        "exit_code": f"{job.exit_status}:0",
+        "Name": job.name,
+        "Comment": job.comment,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class SimEngines:
+    """The engines' adapter."""
+
+    world: SimWorld
+
+    def probe(self, jobs: Sequence[Job], proven: Iterable[JobKey]) -> Mapping[JobKey, Probe]:
+        known = frozenset(proven)
+        with self.world.call("probe"):
+            self.world.cycle.cut = self.world.timeline.now < self.world.cut_until
+            probes = {
+                job.key: self._probe(job, job.run.address, proven=job.key in known)
+                for job in jobs
+                if job.run is not None
+            }
+            self.world.cycle.probes = probes
+            self.world.watch.probed(probes)
+            return probes
+
+    def _probe(self, job: Job, address: str, *, proven: bool) -> Probe:
+        world = self.world
+        if world.timeline.now < world.cut_until:
+            return Probe(health=Health.SILENT, detail="no answer in time")
+        found = world.cluster.engines.get(address)
+        engine = found.engine if found is not None else None
+        if engine is None:
+            node = next((n for n in world.cluster.nodes if address.startswith(f"{n.ip}:")), None)
+            alive = node is not None and node.power
+            return Probe(health=Health.STARTING if alive else Health.SILENT)
+        probe = _answer(engine, proven=proven, now=world.timeline.now)
+        if probe.health is Health.READY and found is not None and found.id != job.id:
+            return Probe(health=Health.IMPOSTOR, detail="it serves another job's name")
+        return probe
+
+
+def _answer(engine: Engine, *, proven: bool, now: float) -> Probe:
+    """What reconciler/adapters/engine.py makes of an engine's answers."""
+    if engine.mode == "hung":
+        return Probe(health=Health.SILENT, detail="no answer in time")
+    if engine.mode == "impostor":
+        return Probe(health=Health.IMPOSTOR, detail="it serves something else")
+    if not engine.listens:
+        return Probe(health=Health.STARTING, detail="nothing listens at its address")
+    if engine.mode == "sick":
+        return Probe(health=Health.SICK, detail="/health answers 503")
+    # An engine that drains still answers everything but a completion.
+    if not proven and engine.mode == "stuck":
+        return Probe(health=Health.SILENT, detail="no answer in time")
+    if not proven and (engine.draining or not engine.completes):
+        return Probe(health=Health.SICK, detail="a one-token completion answers 500")
+    if not engine.metrics:
+        return Probe(health=Health.READY)
+    if engine.mode == "stuck":
+        return Probe(health=Health.READY, ongoing=1, tokens=0.0)
+    return Probe(health=Health.READY, ongoing=engine.ongoing(now), tokens=10 * now)
+
+
+@dataclass(frozen=True, slots=True)
+class SimGateways:
+    """The gateways' adapter."""
+
+    world: SimWorld
+
+    def look(self) -> tuple[GatewayView, ...]:
+        with self.world.call("look"):
+            views = tuple(gateway.view() for gateway in self.world.gateways.values())
+            self.world.cycle.views = views
+            return views
+
+    def change(self, name: str, files: GatewayFiles) -> None:
+        world, gateway = self.world, self.world.gateways[name]
+        with world.call("change"):
+            world.watch.changed()
+            gateway.refuse_if_unreachable()
+            if world.strikes("change_test_fails"):
+                raise GatewayFailed(f"gateway {name}: nginx: configuration file test failed")
+            before = gateway.swap(files)
+            world.boundary("inside change")
+            if world.strikes("change_slow"):
+                # The script waits 10 s, puts the link back and says so; the reload comes later.
+                slow = gateway.linked
+                world.timeline.after(
+                    world.random.uniform(5, 25), lambda: self._reload_late(gateway, slow)
+                )
+                world.timeline.advance(10.0)
+                if gateway.linked == gateway.running:
+                    return
+                gateway.linked = before
+                raise GatewayFailed(f"gateway {name}: it runs the old generation after the reload")
+            self._reload(gateway)
+            if world.strikes("change_lost"):
+                raise GatewayFailed(f"gateway {name}: no answer in 30 s")
+
+    def _reload(self, gateway: SimGateway) -> None:
+        world, before = self.world, gateway.running
+        uploads_s = streams_s = 0.0
+        if world.strikes("change_lingers"):
+            uploads_s = world.random.uniform(0, 85)
+            streams_s = world.random.choice((0.0, 120.0, 900.0))
+        gateway.reload(uploads_s=uploads_s, streams_s=streams_s)
+        world.watch.rerouted(gateway, before)
+
+    def _reload_late(self, gateway: SimGateway, slow: Configuration | None) -> None:
+        """A reload that NGINX was asked for and did late: it runs what was linked then."""
+        if slow is None or self.world.watch.too_late(gateway, slow):
+            return
+        now_linked, before = gateway.linked, gateway.running
+        gateway.linked = slow
+        gateway.reload(uploads_s=0.0, streams_s=0.0)
+        gateway.linked = now_linked
+        self.world.watch.rerouted(gateway, before)
+
+
+@dataclass(frozen=True, slots=True)
+class SimImages:
+    """The images' adapter."""
+
+    world: SimWorld
+
+    def pins(self, fleet: Fleet) -> tuple[Mapping[str, ImagePin], Mapping[str, str]]:
+        world = self.world
+        with world.call("pins"):
+            pins, errors = {}, {}
+            for name in fleet.images:
+                if world.timeline.now < world.image_missing_until[name]:
+                    errors[name] = f"the manifest of {name} can't be used"
+                else:
+                    digest = f"{name}:{world.images[name]}"
+                    pins[name] = ImagePin(program=f"/opt/{name}", digest=digest)
+            return pins, errors
+
+
+@dataclass(frozen=True, slots=True)
+class SimStore:
+    """Where memory lies; it may be lost, and its disk may be full."""
+
+    world: SimWorld
+
+    def load(self) -> Memory:
+        with self.world.call("load"):
+            if self.world.strikes("memory_lost"):
+                self.world.memory = Memory()
+                self.world.cycle.hidden = True
+                for job in self.world.cluster.jobs.values():
+                    job.remembered = False
+            return self.world.memory
+
+    def save(self, memory: Memory) -> None:
+        world = self.world
+        with world.call("save"):
+            self._refuse_if_full()
+            world.memory = memory
+            self.remember()
+
+    def intend(self, at: float, action: Action) -> int:
+        assert at > 0
+        assert action
+        with self.world.call("intend"):
+            self._refuse_if_full()
+            return self.world.cycle.calls["intend"]
+
+    def conclude(self, intent: int, result: Result, detail: str) -> None:
+        assert intent
+        assert result
+        assert "\n" not in detail
+        with self.world.call("conclude"):
+            self._refuse_if_full()
+
+    def _refuse_if_full(self) -> None:
+        if self.world.timeline.now < self.world.disk_full_until:
+            raise StateFailed("memory.json can't be written: No space left on device")
+
+    def remember(self) -> None:
+        """Mark which jobs a later look can miss: those that it was shown before it was saved."""
+        cycle = self.world.cycle
+        if cycle.believable and not cycle.garbled and not cycle.suspicious:
+            self.world.lied = False
+        for job in self.world.cluster.jobs.values():
+            job.remembered = job.listed and job.state != "COMPLETING"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        yield

@@ -83,6 +83,11 @@ def test_a_short_cut_of_a_nodes_cable_replaces_nothing(served: Fleet) -> None:
     """Silence is not death: out of the routes while it lasts, back in when it ends, same job."""
     before = _live(served)
     node = str(served.replicas()[0]["node"])
+    # A site's patience: the lab's own (10 s) would end the job before it is out of the routes.
+    conf = "/etc/slurm/slurm.conf"
+    patient = ["sed", "-i", "s/^SlurmdTimeout=.*/SlurmdTimeout=300/", conf]
+    served.lab.run("login", patient, user="root")
+    served.lab.run("login", ["scontrol", "reconfigure"], user="root")
     with served.lab.popen("login", served.command("run", "--interval", "1")) as service:
         served.lab.cut_link(node)
         try:

@@ -63,7 +63,9 @@ class Perfect:
         return {
             job.name
             for job in self.jobs
-            if job.run is not None and all(job.key in keys for keys in routed)
+            if job.run is not None
+            and not job.run.draining
+            and all(job.key in keys for keys in routed)
         }
 
     def _act(self, action: Submit | Route | Drain | Cancel) -> None:

@@ -69,7 +69,7 @@ def test_perfect_world_keeps_serving_on_the_way(world: World) -> None:
     """Once as many serve as are wanted, less what the spec lets be missing, so it stays."""
     perfect = start(without_haste(world))
     spare = world.fleet.defaults.rollout.max_unavailable
-    most: Counter[str] = Counter()
+    most = Counter(name.model for name in perfect.serving())
     for _ in range(CYCLES):
         decided = perfect.cycle()
         serving = Counter(name.model for name in perfect.serving())

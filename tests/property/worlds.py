@@ -122,11 +122,12 @@ def wanted_revision(spec: Fleet, name: str) -> str:
 
 
 def _job(pick: Pick, spec: Fleet, id: int) -> Job:
-    """A job of our fleet, of any state, as its owner or a vandal may have left it."""
+    """A job of our fleet: half of them run and are well, half are as anything may leave them."""
+    well = pick(True, False)
     model = pick(*(one.name for one in spec.models), GONE)
     wanted = wanted_revision(spec, model)
     revision = pick(wanted, wanted, OLD)
-    state = pick("RUNNING", "PENDING", "RUNNING", "any")
+    state = "RUNNING" if well else pick("RUNNING", "PENDING", "any")
     state = pick(*STATES) if state == "any" else state
     node = pick(*NODES)
     submitted_at = _AT + pick(0, -5, -90, -700, -5_000, -100_000)
@@ -140,26 +141,26 @@ def _job(pick: Pick, spec: Fleet, id: int) -> Job:
         nodes="" if state == "PENDING" else node,
         started_at=None if state == "PENDING" else submitted_at,
         ends_at=None if ends_in is None else _AT + ends_in,
-        restarts=pick(0, 0, 0, 1),
-        comment=_comment(pick, id, node) if pick(True, True, False) else None,
+        restarts=0 if well else pick(0, 0, 1),
+        comment=_comment(pick, id, node, well) if well or pick(True, True, False) else None,
         exit_status=pick(None, 0, 1, 2, 66, 69, 71),
     )
 
 
-def _comment(pick: Pick, id: int, node: str) -> Comment:
+def _comment(pick: Pick, id: int, node: str, well: bool) -> Comment:
     """What a job carries: nothing of its run, its run, or that of an earlier node."""
     run = Run(
-        node=pick(node, node, node, "elsewhere"),
-        restarts=pick(0, 0, 0, 1),
+        node=node if well else pick(node, node, "elsewhere"),
+        restarts=0 if well else pick(0, 0, 1),
         address=f"10.0.0.{id}:20000",
-        trap_ready=pick(True, True, False),
-        ready_at=pick(None, _AT - 50, _AT - 4),
-        draining=pick(False, False, False, True),
+        trap_ready=well or pick(True, False),
+        ready_at=pick(_AT - 50, _AT - 4, None),
+        draining=not well and pick(False, True),
     )
     return Comment(
         gpus=pick(1, 0, 2, 3),
         commit=None,
-        run=pick(run, run, run, None),
+        run=run if well else pick(run, None),
         succeeds=pick(None, None, (1, _AT - 90), (2, _AT)),
         protect=pick(False, True),
     )

@@ -194,9 +194,9 @@ class Invariants(Watch):
         early = world.timeline.now - began < job.drain_timeout_s - 1
         # Its drain may have begun at another gateway long before.
         since = began - 2 * job.drain_timeout_s
-        if world.clock_jumped_at > since and self._excused("clock"):
+        if world.clock_jumped_at > since and self.excused("clock"):
             return
-        if world.disk_full_until > since and self._excused("stale memory"):
+        if world.disk_full_until > since and self.excused("stale memory"):
             return
         ongoing = engine.ongoing(world.timeline.now)
         if (early and ongoing) or (routed and early):
@@ -240,7 +240,7 @@ class Invariants(Watch):
 
     @property
     def _clock_is_wrong(self) -> bool:
-        return self._world.cycle.clock_offset_s > 0 and self._excused("clock")
+        return self._world.cycle.clock_offset_s > 0 and self.excused("clock")
 
     def rerouted(self, gateway: SimGateway, before: Configuration | None) -> None:
         """Invariants 1 and 6, when a gateway runs another configuration."""
@@ -257,7 +257,7 @@ class Invariants(Watch):
     def too_late(self, gateway: SimGateway, slow: Configuration) -> bool:
         """The gap of the late reload: it would bring back routes that are gone by now."""
         running = gateway.running.targets if gateway.running is not None else ()
-        return bool(set(slow.targets) - set(running)) and self._excused("late reload")
+        return bool(set(slow.targets) - set(running)) and self.excused("late reload")
 
     def changed(self) -> None:
         """Invariant 1, when a gateway is about to be changed."""
@@ -332,7 +332,7 @@ class Invariants(Watch):
     def _believable(self) -> bool:
         """Whether this cycle has a listing, and not one that has lost every job that it knew."""
         cycle = self._world.cycle
-        return cycle.believable or (cycle.hidden and self._excused("intents"))
+        return cycle.believable or (cycle.hidden and self.excused("intents"))
 
     def _needs_a_listing(self, done: str) -> None:
         if not self._believable:
@@ -342,7 +342,8 @@ class Invariants(Watch):
         if not job.ours:
             self._fail(4, f"job {job.id} ({job.name} of {job.user}) is not ours")
 
-    def _excused(self, gap: str) -> bool:
+    def excused(self, gap: str) -> bool:
+        """Whether what follows from a known gap is let pass."""
         return gap in KNOWN_GAPS and not self._strict
 
     def _fail(self, number: int, text: str) -> None:

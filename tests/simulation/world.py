@@ -464,7 +464,9 @@ class SimStore:
     def remember(self) -> None:
         """Mark which jobs a later look can miss: those that it was shown before it was saved."""
         cycle = self.world.cycle
-        if cycle.believable and not cycle.garbled and not cycle.suspicious:
+        if not cycle.believable:
+            return
+        if not cycle.garbled and not cycle.suspicious:
             self.world.lied = False
         for job in self.world.cluster.jobs.values():
             job.remembered = job.listed and job.state != "COMPLETING"

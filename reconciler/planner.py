@@ -153,6 +153,7 @@ class _Seen:
             target.key: target for view in observation.gateways for target in view.targets
         }
         self.quarantined = quarantined(memory, observation.at)
+        self.routed_addresses = frozenset(target.address for target in self.routed.values())
         self.observer_suspect = self._observer_suspect()
         self.statuses = {job.key: self._status(job) for job in self.live}
         # Once for all jobs: a search for each would cost models times jobs.
@@ -204,11 +205,16 @@ class _Seen:
     def clock(self, job: Job) -> DrainClock:
         return self.memory.drains.get(job.key) or DrainClock(since=self.at)
 
+    def is_routed(self, job: Job) -> bool:
+        """Whether a gateway routes to it: requeued, it may have another key at its old address."""
+        address = job.run.address if job.run is not None else None
+        return job.key in self.routed or address in self.routed_addresses
+
     def may_get_requests(self, job: Job) -> bool:
         """Whether it answers, and a gateway routes to it or can't be asked whether it does."""
         serves = self.status(job) in (Status.READY, Status.SILENT)
         views = self.observation.gateways
-        return serves and (job.key in self.routed or any(view.error for view in views))
+        return serves and (self.is_routed(job) or any(view.error for view in views))
 
     def _observer_suspect(self) -> bool:
         """Most routed replicas silent at once: suspect the network here, not the fleet."""
@@ -625,7 +631,7 @@ def _waits_for(job: Job, seen: _Seen) -> str | None:
     for view in views:
         if view.error is not None:
             return f"gateway {view.name} may still route to it: {view.error}"
-    if job.key in seen.routed:
+    if seen.is_routed(job):
         return "it leaves the gateways first"
     if run.ready_at is None and seen.status(job) is Status.STARTING:
         return None  # never ready, so never routed: no request can be on its way

@@ -92,6 +92,7 @@ class SimJob:
     engine: Engine | None = None
     told_at: float | None = None  # when the reconciler told it to drain
     listed: bool = False  # a listing has shown it to the reconciler
+    legible: bool = True  # its comment could be read there
     remembered: bool = False  # and that was saved
     cancelled_at: float | None = None
 

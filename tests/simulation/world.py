@@ -19,6 +19,7 @@ from reconciler.errors import (
     SubmitRejected,
     SubmitUnknown,
 )
+from reconciler.naming import parse_comment
 from reconciler.observe import World
 from reconciler.plan import Action, JobRef
 from reconciler.routes import GatewayFiles
@@ -39,7 +40,7 @@ class Cycle:
 
     calls: Counter[str] = field(default_factory=Counter)
     believable: bool = False  # the plan's listing was whole and true
-    garbled: bool = False
+    garbled: int | None = None  # the job whose record could not be read
     suspicious: bool = False  # the reconciler waits for one more look, and will believe that
     hidden: bool = False  # the listing was empty, and nothing saved says that there were jobs
     cut: bool = False  # no probe got out
@@ -180,7 +181,7 @@ class SimSlurm:
             lie = bool(world.cluster.ours) and not world.lied and world.strikes("listing_empty")
             if lie:
                 text = ""
-            world.lied = world.lied or lie or world.cycle.garbled
+            world.lied = world.lied or lie or world.cycle.garbled is not None
             listing = slurm_cli.parse_listing(text, mark=mark, fleet=fleet, user=USER)
             if lie:
                 world.cycle.hidden = not any(job.remembered for job in world.cluster.ours)
@@ -189,6 +190,8 @@ class SimSlurm:
                 world.cycle.believable = True
                 for job in world.cluster.jobs.values():
                     job.listed = True
+                    legible = parse_comment(job.comment) is not None
+                    job.legible = legible and job.id != world.cycle.garbled
             return listing
 
     def _text(self, mark: str) -> str:
@@ -196,10 +199,10 @@ class SimSlurm:
         world = self.world
         records = [_record(job) for job in world.cluster.jobs.values()]
         if world.cluster.ours and world.strikes("listing_garbled"):
-            world.cycle.garbled = True
             live = {str(job.id) for job in world.cluster.ours}
             victims = [record for record in records if record["JobID"] in live]
             victim = victims[world.random.randrange(len(victims))]
+            world.cycle.garbled = int(victim["JobID"])
             field_name = world.random.choice(("State", "SubmitTime", "RestartCnt", "JobID"))
             victim[field_name] = "" if field_name == "State" else "N/A"
         return "".join(
@@ -466,7 +469,7 @@ class SimStore:
         cycle = self.world.cycle
         if not cycle.believable:
             return
-        if not cycle.garbled and not cycle.suspicious:
+        if cycle.garbled is None and not cycle.suspicious:
             self.world.lied = False
         for job in self.world.cluster.jobs.values():
             job.remembered = job.listed and job.state != "COMPLETING"

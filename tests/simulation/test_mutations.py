@@ -15,13 +15,16 @@ import reconciler.execute
 import reconciler.memory
 import reconciler.observe
 import reconciler.planner
+import reconciler.planner.drain
+import reconciler.planner.model
 from reconciler.adapters import slurm_cli
 from reconciler.batch import batch_script
 from reconciler.errors import SubmitRejected, SubmitUnknown
 from reconciler.naming import ReplicaName, parse_name
 from reconciler.observe import observe
 from reconciler.plan import Cancel, Drain, Status, Submit
-from reconciler.planner import _Part, _Seen
+from reconciler.planner.model import Part
+from reconciler.planner.seen import Seen
 from reconciler.state import Job, JobKey, Observation
 from tests.simulation.run import simulate
 
@@ -51,7 +54,7 @@ def emptiness_believed(patch: Patch) -> None:
 
 def observer_trusted(patch: Patch) -> None:
     """That nobody answers is never taken for the observer's own fault."""
-    patch.setattr(_Seen, "_observer_suspect", lambda _: False)
+    patch.setattr(Seen, "_observer_suspect", lambda _: False)
 
 
 def no_singleton(patch: Patch) -> None:
@@ -78,7 +81,7 @@ def submitted_again(patch: Patch) -> None:
 
 def one_too_many(patch: Patch) -> None:
     """A model gets two more replicas than it lacks."""
-    plain = reconciler.planner._missing
+    plain = reconciler.planner.model._missing
 
     def missing(*arguments: Any) -> tuple[tuple[Submit, ...], Any]:
         submits, notes = plain(*arguments)
@@ -89,7 +92,7 @@ def one_too_many(patch: Patch) -> None:
         ]
         return (*submits, *more), notes
 
-    patch.setattr(reconciler.planner, "_missing", missing)
+    patch.setattr(reconciler.planner.model, "_missing", missing)
 
 
 def nameless(patch: Patch) -> None:
@@ -103,7 +106,7 @@ def nameless(patch: Patch) -> None:
 
 def gone_models_forgotten(patch: Patch) -> None:
     """What is not in the spec is left to itself."""
-    patch.setattr(reconciler.planner, "_not_in_spec", lambda *_: _Part())
+    patch.setattr(reconciler.planner, "not_in_spec", lambda *_: Part())
 
 
 def draining_forgotten(patch: Patch) -> None:
@@ -133,7 +136,7 @@ def foreign_adopted(patch: Patch) -> None:
 def budget_ignored(patch: Patch) -> None:
     """Everything that is missing is submitted, whatever the budget."""
 
-    def within(_fleet: Any, _seen: Any, parts: Sequence[_Part]) -> tuple[list[Submit], list[Any]]:
+    def within(_fleet: Any, _seen: Any, parts: Sequence[Part]) -> tuple[list[Submit], list[Any]]:
         return [submit for part in parts for submit in part.submits], []
 
     patch.setattr(reconciler.planner, "_within_budget", within)
@@ -141,22 +144,22 @@ def budget_ignored(patch: Patch) -> None:
 
 def ending_ones_are_free(patch: Patch) -> None:
     """A job that is COMPLETING does not count against the budget."""
-    plain = _Seen._gpus
+    plain = Seen._gpus
 
-    def gpus(seen: _Seen, job: Job) -> int:
+    def gpus(seen: Seen, job: Job) -> int:
         return 0 if job.state == "COMPLETING" else plain(seen, job)
 
-    patch.setattr(_Seen, "_gpus", gpus)
+    patch.setattr(Seen, "_gpus", gpus)
 
 
 def unproven_routed(patch: Patch) -> None:
     """A replica that has published its address gets requests."""
-    plain = _Seen._answering
+    plain = Seen._answering
 
-    def answering(seen: _Seen, job: Job) -> Status:
+    def answering(seen: Seen, job: Job) -> Status:
         return plain(seen, job) if job.run is None else Status.READY
 
-    patch.setattr(_Seen, "_answering", answering)
+    patch.setattr(Seen, "_answering", answering)
 
 
 def old_proof_kept(patch: Patch) -> None:
@@ -170,13 +173,13 @@ def old_proof_kept(patch: Patch) -> None:
 
 def signalled_while_routed(patch: Patch) -> None:
     """USR1 does not wait for the gateways."""
-    plain = reconciler.planner._waits_for
+    plain = reconciler.planner.drain._waits_for
 
-    def waits_for(job: Job, seen: _Seen) -> str | None:
+    def waits_for(job: Job, seen: Seen) -> str | None:
         run = job.run
         return None if run is not None and run.trap_ready else plain(job, seen)
 
-    patch.setattr(reconciler.planner, "_waits_for", waits_for)
+    patch.setattr(reconciler.planner.drain, "_waits_for", waits_for)
 
 
 def old_workers_ignored(patch: Patch) -> None:
@@ -203,18 +206,18 @@ def unreachable_forgotten(patch: Patch) -> None:
 
 def signalled_before_its_trap(patch: Patch) -> None:
     """USR1 does not wait for the job's trap."""
-    patch.setattr(reconciler.planner, "_waits_for", lambda *_: None)
+    patch.setattr(reconciler.planner.drain, "_waits_for", lambda *_: None)
 
 
 def cut_off(patch: Patch) -> None:
     """What leaves is cancelled at once instead of drained."""
-    plain = reconciler.planner._steps
+    plain = reconciler.planner.drain.next_steps
 
     def steps(*arguments: Any) -> tuple[list[Any], list[Any]]:
         actions, notes = plain(*arguments)
         return [_cancelled(action) for action in actions], notes
 
-    patch.setattr(reconciler.planner, "_steps", steps)
+    patch.setattr("reconciler.planner.next_steps", steps)
 
 
 def _cancelled(action: Any) -> Any:
@@ -229,7 +232,7 @@ def released_at_once(patch: Patch) -> None:
     def leave(_model: Any, _current: Any, outgoing: Sequence[Job], _seen: Any) -> list[Job]:
         return list(outgoing)
 
-    patch.setattr(reconciler.planner, "_outgoing_to_leave", leave)
+    patch.setattr(reconciler.planner.model, "_outgoing_to_leave", leave)
 
 
 def one_stops_all(patch: Patch) -> None:

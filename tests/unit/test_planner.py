@@ -20,7 +20,8 @@ from reconciler.plan import (
     summary,
     to_json,
 )
-from reconciler.planner import IDLE_HOLD_S, plan
+from reconciler.planner import plan
+from reconciler.planner.drain import IDLE_HOLD_S
 from reconciler.spec import Fleet
 from reconciler.state import (
     PHASES,

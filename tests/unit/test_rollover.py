@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from reconciler.naming import parse_comment, submit_comment
 from reconciler.plan import NoteKind, Reason, Submit
-from reconciler.planner import HUNG_S, plan
+from reconciler.planner import plan
+from reconciler.planner.seen import HUNG_S
 from reconciler.rollover import LEAD_DEFAULT_S, MARGIN_S, due, last_moment, lead_s, staggered
 from reconciler.state import Job, Memory, Progress
 from tests.unit.build import AT, fleet, job, model_record, observation, revision, view

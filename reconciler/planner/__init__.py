@@ -1,0 +1,173 @@
+"""plan(): from what is wanted, seen and remembered to what to do now. Pure.
+
+Jobs are classified once, into sets that never change; then the plan is filled in a fixed order:
+gaps, duplicates, not in the spec, stale, unhealthy, surplus, missing, routes, and last what each
+leaving replica's next step is.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from reconciler.memory import CONFIRM_S, unconfirmed
+from reconciler.plan import (
+    Action,
+    ModelView,
+    Note,
+    NoteKind,
+    Plan,
+    Reason,
+    Route,
+    Status,
+    Submit,
+)
+from reconciler.planner.drain import next_steps
+from reconciler.planner.model import Part, decide, not_in_spec
+from reconciler.planner.seen import Seen
+from reconciler.planner.views import observation_notes, replica_view
+from reconciler.routes import render_gateway
+from reconciler.spec import Fleet
+from reconciler.state import JobKey, Memory, Observation, Target
+
+__all__ = ["plan"]
+
+
+def plan(
+    fleet: Fleet,
+    observation: Observation,
+    memory: Memory,
+    allow_destroy: frozenset[str] = frozenset(),
+) -> Plan:
+    """Return what to do now. Same input, same plan.
+
+    `allow_destroy` names the models whose serving replicas may end because their block is gone.
+    Without a job listing that can be trusted the plan is empty but for its notes: unknown is never
+    taken for absent.
+    """
+    blind = _gaps(observation, memory)
+    if blind:
+        return _empty_plan(fleet, observation, blind)
+    seen = Seen(fleet, observation, memory)
+    parts = [decide(model, seen) for model in fleet.models]
+    parts.append(not_in_spec(seen, allow_destroy))
+    leaving = {job.key: reason for part in parts for job, reason in part.leaving}
+    submits, budget_notes = _within_budget(fleet, seen, parts)
+    targets = _targets(seen, leaving)
+    routes, route_notes = _route(fleet, seen, targets)
+    steps, step_notes = next_steps(seen, leaving)
+    notes = [note for part in parts for note in part.notes] + budget_notes + route_notes
+    return Plan(
+        fleet=fleet.fleet,
+        at=observation.at,
+        actions=(*submits, *routes, *steps),
+        notes=tuple(notes + step_notes + observation_notes(seen, leaving)),
+        models=tuple(part.view for part in parts if part.view is not None),
+        replicas=tuple(replica_view(job, seen, leaving) for job in seen.live),
+        leaving=tuple(
+            job.key for job in seen.live if job.key in leaving and not seen.may_get_requests(job)
+        ),
+        gpus_held=seen.gpus_held,
+        gpus_budget=fleet.budget.gpus,
+    )
+
+
+def _gaps(observation: Observation, memory: Memory) -> tuple[Note, ...]:
+    """Return notes if the listing is missing or not to be trusted yet."""
+    if observation.jobs is None:
+        text = (
+            f"{observation.jobs_error or 'Slurm did not answer'}; nothing is submitted or cancelled"
+        )
+        return (Note(kind=NoteKind.NO_LISTING, subject="slurm", text=text),)
+    if memory.emptied_at is not None and unconfirmed(memory, observation.at):
+        return (
+            Note(
+                kind=NoteKind.SUSPICIOUS_LISTING,
+                subject="slurm",
+                text="every known job is gone at once; looking again before believing it",
+                until=memory.emptied_at + CONFIRM_S,
+            ),
+        )
+    return ()
+
+
+def _empty_plan(fleet: Fleet, observation: Observation, notes: tuple[Note, ...]) -> Plan:
+    return Plan(
+        fleet=fleet.fleet,
+        at=observation.at,
+        actions=(),
+        notes=notes,
+        models=tuple(
+            ModelView(name=model.name, revision=None, wanted=model.replicas, ready=0)
+            for model in fleet.models
+        ),
+        replicas=(),
+        leaving=(),
+        gpus_held=0,
+        gpus_budget=fleet.budget.gpus,
+    )
+
+
+def _within_budget(
+    fleet: Fleet, seen: Seen, parts: Iterable[Part]
+) -> tuple[list[Submit], list[Note]]:
+    """Return the submissions that fit the budget, in the spec's order, and notes for the rest."""
+    held = seen.gpus_held
+    fit: list[Submit] = []
+    notes: list[Note] = []
+    for part in parts:
+        for submit in part.submits:
+            if held + submit.gpus <= fleet.budget.gpus:
+                held += submit.gpus
+                fit.append(submit)
+            else:
+                text = (
+                    f"needs {submit.gpus} GPUs; {held} of the budget's {fleet.budget.gpus} are held"
+                )
+                note = Note(kind=NoteKind.BUDGET, subject=str(submit.name), text=text)
+                notes.append(note)
+    return fit, notes
+
+
+def _targets(seen: Seen, leaving: Mapping[JobKey, Reason]) -> list[Target]:
+    """Return who gets requests: who is ready and stays, and as it was who can't be judged."""
+    targets = []
+    routed = {target.job_id: target for target in seen.routed.values()}
+    for job in seen.live:
+        if job.key in leaving:
+            continue
+        status = seen.status(job)
+        if status is Status.READY and job.run is not None:
+            targets.append(
+                Target(
+                    model=job.name.model,
+                    job_id=job.id,
+                    submitted_at=job.submitted_at,
+                    address=job.run.address,
+                )
+            )
+        elif status is Status.UNKNOWN and job.id in routed:
+            targets.append(routed[job.id])  # by its id: its submit time may be what is unreadable
+    return targets
+
+
+def _route(fleet: Fleet, seen: Seen, targets: list[Target]) -> tuple[list[Action], list[Note]]:
+    """Return the change for every gateway that runs something else; notes for the unreachable."""
+    wanted = render_gateway(fleet, targets).generation
+    views = seen.observation.gateways
+    notes = [
+        Note(kind=NoteKind.GATEWAY, subject=view.name, text=view.error)
+        for view in views
+        if view.error is not None
+    ]
+    behind = [view for view in views if view.error is None and view.generation != wanted]
+    if not behind:
+        return [], notes
+    before = {str(target.job_id) for view in behind for target in view.targets}
+    after = {str(target.job_id) for target in targets}
+    return [
+        Route(
+            gateways=tuple(view.name for view in behind),
+            generation=wanted,
+            targets=tuple(sorted(targets)),
+            added=tuple(sorted(after - before)),
+            removed=tuple(sorted(before - after)),
+        )
+    ], notes

@@ -1,0 +1,181 @@
+"""The observation, classified once: what each job is doing, and what each fact means for it."""
+
+from collections.abc import Mapping, Sequence
+
+from reconciler.failures import quarantined
+from reconciler.plan import (
+    Status,
+)
+from reconciler.rollover import due, last_moment
+from reconciler.spec import Fleet, Model
+from reconciler.state import (
+    DrainClock,
+    Health,
+    Job,
+    JobKey,
+    Memory,
+    Observation,
+    Phase,
+    Probe,
+    Target,
+)
+
+# Two looks without an answer and a replica leaves the upstreams; it takes more to replace it.
+MISSES_TO_DEROUTE = 2
+# vLLM answers /health while it is hung; a token takes milliseconds, a long prompt some seconds.
+HUNG_S = 120.0
+
+
+class Seen:
+    """The observation, classified once. Read-only after construction."""
+
+    def __init__(self, fleet: Fleet, observation: Observation, memory: Memory) -> None:
+        self.fleet = fleet
+        self.observation = observation
+        self.memory = memory
+        self.at = observation.at
+        # Adapters leave foreign jobs out; that nothing is ever done to one does not rest on it.
+        ours = (job for job in observation.jobs or () if job.name.fleet == fleet.fleet)
+        self.live = tuple(
+            sorted(
+                (job for job in ours if job.phase is not Phase.ENDED),
+                key=lambda job: (job.name, job.key),
+            )
+        )
+        self.routed: Mapping[JobKey, Target] = {
+            target.key: target for view in observation.gateways for target in view.targets
+        }
+        self.quarantined = quarantined(memory, observation.at)
+        self.routed_addresses = frozenset(target.address for target in self.routed.values())
+        self.observer_suspect = self._observer_suspect()
+        self.statuses = {job.key: self._status(job) for job in self.live}
+        # Once for all jobs: a search for each would cost models times jobs.
+        self.models = {model.name: model for model in fleet.models}
+        self.revisions = {
+            model.name: _revision(model, observation.image_digests) for model in fleet.models
+        }
+        self._jobs_of: dict[str, list[Job]] = {}
+        for job in self.live:
+            self._jobs_of.setdefault(job.name.model, []).append(job)
+        self.gpus_held = sum(self._gpus(job) for job in self.live)
+
+    def jobs_of(self, model: str) -> Sequence[Job]:
+        """Return the live jobs that bear a model's name, of any revision."""
+        return self._jobs_of.get(model, ())
+
+    def status(self, job: Job) -> Status:
+        return self.statuses[job.key]
+
+    def probe(self, job: Job) -> Probe | None:
+        return self.observation.probes.get(job.key)
+
+    def misses(self, job: Job) -> int:
+        return self.memory.misses.get(job.key, 0)
+
+    def hung(self, job: Job) -> bool:
+        """Whether it has had requests for long, and not one token came of them."""
+        progress = self.memory.progress.get(job.key)
+        return progress is not None and self.at - progress.since >= HUNG_S
+
+    def due(self, model: Model, jobs: Sequence[Job]) -> frozenset[JobKey]:
+        """Return which of a model's jobs of one revision must have a successor now."""
+        headroom = self.fleet.budget.gpus - self.gpus_held
+        return due(
+            jobs,
+            at=self.at,
+            leads=self.memory.leads.get(model.name, ()),
+            drain_timeout_s=self.fleet.drain_timeout_s(model),
+            slots=headroom // model.resources.gpus,
+            nodes=self.observation.nodes or {},
+        )
+
+    def must_go(self, model: Model, job: Job) -> bool:
+        """Whether only the drain is left of its walltime."""
+        if job.ends_at is None or job.phase is not Phase.RUNNING:
+            return False
+        return self.at >= last_moment(job.ends_at, self.fleet.drain_timeout_s(model))
+
+    def clock(self, job: Job) -> DrainClock:
+        return self.memory.drains.get(job.key) or DrainClock(since=self.at)
+
+    def is_routed(self, job: Job) -> bool:
+        """Whether a gateway routes to it: requeued, it may have another key at its old address."""
+        address = job.run.address if job.run is not None else None
+        return job.key in self.routed or address in self.routed_addresses
+
+    def may_get_requests(self, job: Job) -> bool:
+        """Whether it answers, and a gateway routes to it or can't be asked whether it does."""
+        serves = self.status(job) in (Status.READY, Status.SILENT)
+        views = self.observation.gateways
+        return serves and (self.is_routed(job) or any(view.error for view in views))
+
+    def _observer_suspect(self) -> bool:
+        """Most routed replicas silent at once: suspect the network here, not the fleet."""
+        probes = [self.observation.probes.get(key) for key in self.routed]
+        silent = sum(1 for probe in probes if probe is not None and probe.health is Health.SILENT)
+        return silent >= 2 and 2 * silent > len(probes)
+
+    def _status(self, job: Job) -> Status:
+        if job.phase is Phase.PENDING:
+            return Status.PENDING
+        if job.phase is Phase.ENDING:
+            return Status.ENDING
+        if job.phase is Phase.UNKNOWN or job.comment is None:
+            return Status.UNKNOWN
+        if job.run is not None and job.run.draining:
+            return Status.DRAINING
+        return self._answering(job)
+
+    def _answering(self, job: Job) -> Status:
+        probe = self.probe(job)
+        if probe is None or job.run is None:
+            return Status.STARTING
+        if probe.health is Health.READY:
+            return Status.SICK if self.hung(job) else Status.READY
+        if probe.health is Health.IMPOSTOR:
+            return Status.IMPOSTOR
+        # At another address, as after a requeue, it has everything to prove again.
+        routed = self.routed.get(job.key)
+        was_ready = routed is not None and routed.address == job.run.address
+        if was_ready and (self.misses(job) < MISSES_TO_DEROUTE or self.observer_suspect):
+            return Status.READY
+        if probe.health is Health.SILENT:
+            return Status.SILENT if was_ready or job.run.ready_at else Status.STARTING
+        if probe.health is Health.STARTING and job.run.ready_at is None:
+            return Status.STARTING
+        return Status.SICK
+
+    def _gpus(self, job: Job) -> int:
+        """GPUs that count against the budget; what is unreadable counts as the spec says."""
+        if job.phase is Phase.ENDING and self._node_is_down(job):
+            return 0  # it serves nobody, and a dead node must not block its own replacement
+        if job.comment is not None:
+            return job.comment.gpus
+        model = self.models.get(job.name.model)
+        return model.resources.gpus if model else 1
+
+    def _node_is_down(self, job: Job) -> bool:
+        word = (self.observation.nodes or {}).get(job.nodes, "")
+        return word.startswith("down") or word.endswith("*")
+
+
+def serves(job: Job, seen: Seen) -> bool:
+    """Whether the job serves or is going to: it counts as a replica that we have."""
+    return seen.status(job) not in (Status.DRAINING, Status.ENDING)
+
+
+def drain_has_begun(job: Job, seen: Seen) -> bool:
+    """Whether a drain was allowed once: it goes on, nobody should have to say it twice."""
+    return job.key in seen.memory.drains or seen.status(job) is Status.DRAINING
+
+
+def progress(job: Job, seen: Seen) -> int:
+    order = (Status.PENDING, Status.STARTING, Status.SICK, Status.SILENT, Status.READY)
+    status = seen.status(job)
+    return order.index(status) if status in order else 0
+
+
+def _revision(model: Model, digests: Mapping[str, str]) -> str | None:
+    """Return the revision that is wanted of a model, None while its image can't be read."""
+    digest = digests.get(model.image)
+    return None if digest is None else model.revision(digest)

@@ -1,0 +1,105 @@
+"""What people see of a plan beside its actions: each replica, each model, and why."""
+
+from collections.abc import Mapping, Sequence
+
+from reconciler.plan import (
+    ModelView,
+    Note,
+    NoteKind,
+    Reason,
+    ReplicaView,
+    Status,
+)
+from reconciler.planner.seen import HUNG_S, Seen
+from reconciler.spec import Model
+from reconciler.state import (
+    Job,
+    JobKey,
+)
+
+# Slurm's reasons that no waiting resolves (squeue(1) "JOB REASON CODES").
+_NEVER_STARTS = frozenset(
+    {"BadConstraints", "PartitionTimeLimit", "PartitionNodeLimit", "AssocMaxJobsLimit"}
+    | {"InvalidAccount", "InvalidQOS", "JobHeldUser", "JobHeldAdmin", "AccountNotAllowed"}
+    | {"launch failed requeued held", "QOSNotAllowed", "DependencyNeverSatisfied"}
+)
+
+
+def model_view(model: Model, revision: str | None, jobs: Sequence[Job], seen: Seen) -> ModelView:
+    ready = sum(1 for job in jobs if seen.status(job) is Status.READY)
+    return ModelView(name=model.name, revision=revision, wanted=model.replicas, ready=ready)
+
+
+def observation_notes(seen: Seen, leaving: Mapping[JobKey, Reason]) -> list[Note]:
+    """Return what the look itself showed; what leaves has its step or its note already."""
+    notes = []
+    if seen.observation.odd_lines:
+        count = seen.observation.odd_lines
+        text = f"{count} of squeue's lines could not be read; those jobs are left alone"
+        notes.append(Note(kind=NoteKind.ODD_LINES, subject="slurm", text=text))
+    for node, until in seen.quarantined.items():
+        text = "several jobs failed there and none elsewhere; new ones avoid it"
+        notes.append(Note(kind=NoteKind.QUARANTINE, subject=node, text=text, until=until))
+    if seen.observer_suspect:
+        text = "most replicas are silent at once: suspecting this host's network, routes stay"
+        notes.append(Note(kind=NoteKind.OBSERVER, subject="probes", text=text))
+    for job in (job for job in seen.live if job.key not in leaving):
+        note = _job_note(job, seen)
+        if note is not None:
+            notes.append(note)
+    return notes
+
+
+def _job_note(job: Job, seen: Seen) -> Note | None:
+    kinds = {
+        Status.PENDING: NoteKind.PENDING,
+        Status.STARTING: NoteKind.STARTING,
+        Status.SILENT: NoteKind.SILENT,
+        Status.SICK: NoteKind.SICK,
+        Status.IMPOSTOR: NoteKind.IMPOSTOR,
+        Status.UNKNOWN: NoteKind.UNKNOWN_STATE,
+    }
+    kind = kinds.get(seen.status(job))
+    if kind is None:
+        return None
+    return Note(kind=kind, subject=str(job.name), text=_detail(job, seen))
+
+
+def _detail(job: Job, seen: Seen) -> str:
+    """Return the one thing that a person would ask about this job."""
+    status = seen.status(job)
+    probe = seen.probe(job)
+    if status is Status.PENDING:
+        never = "; waiting will not help" if job.reason in _NEVER_STARTS else ""
+        return f"Slurm: {job.reason}{never}"
+    if status is Status.UNKNOWN:
+        what = "its comment can't be read" if job.comment is None else f"Slurm says {job.state}"
+        return f"{what}; left alone"
+    if status is Status.SICK and seen.hung(job):
+        return f"hung: it has requests and made no token for {HUNG_S:.0f} s"
+    if status is Status.STARTING and job.run is None:
+        return "the job runs; its address is not published yet"
+    if status is Status.STARTING:
+        return "the engine loads"
+    return probe.detail if probe is not None else ""
+
+
+def replica_view(job: Job, seen: Seen, leaving: Mapping[JobKey, Reason]) -> ReplicaView:
+    status = seen.status(job)
+    if job.key in leaving and status is not Status.DRAINING:
+        status = Status.LEAVING
+    # While its image can't be read a model's revision is unknown: nothing counts as another one.
+    wanted = seen.revisions.get(job.name.model, "")
+    current = wanted is None or job.name.revision == wanted
+    return ReplicaView(
+        name=job.name,
+        job_id=job.id,
+        status=status,
+        routed=job.key in seen.routed,
+        current=current,
+        node=job.nodes,
+        address=job.run.address if job.run else "",
+        since=job.submitted_at,
+        ends_at=job.ends_at,
+        detail=leaving[job.key] if job.key in leaving else _detail(job, seen),
+    )

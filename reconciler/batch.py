@@ -13,6 +13,7 @@ from importlib.resources import files
 from reconciler.naming import submit_comment
 from reconciler.plan import Submit
 from reconciler.spec import Fleet, Image, Model
+from reconciler.state import Recipe
 
 # The job's own half of the script; the rendered half above it only sets variables.
 _BODY = files("reconciler").joinpath("replica.sh").read_text(encoding="utf-8")
@@ -21,18 +22,14 @@ _BODY = files("reconciler").joinpath("replica.sh").read_text(encoding="utf-8")
 _WEIGHTS_INSIDE = "/models"
 
 
-def batch_script(
-    fleet: Fleet, model: Model, submit: Submit, *, program: str, commit: str | None
-) -> str:
-    """Return the whole script of one replica.
-
-    `program` is the SIF's path for runtime apptainer, the executable's path for runtime none.
-    """
+def batch_script(recipe: Recipe, submit: Submit) -> str:
+    """Return the whole script of one replica."""
+    fleet, model, program = recipe.fleet, recipe.model, recipe.program
     image = fleet.images[model.image]
     comment = submit_comment(
         submit.name,
         gpus=model.resources.gpus,
-        commit=commit,
+        commit=recipe.commit,
         succeeds=submit.succeeds,
         protect=model.protect,
     )

@@ -274,6 +274,7 @@ def render(spec: Path, model: str) -> None:
     from reconciler.batch import batch_script
     from reconciler.naming import ReplicaName
     from reconciler.plan import Reason, Submit
+    from reconciler.state import Recipe
 
     wanted = fleet.model(model)
     if wanted is None:
@@ -286,8 +287,8 @@ def render(spec: Path, model: str) -> None:
         fleet=fleet.fleet, model=model, revision=wanted.revision(pin.digest), ordinal=0
     )
     submit = Submit(name=name, gpus=wanted.resources.gpus, reason=Reason.MISSING)
-    script = batch_script(fleet, wanted, submit, program=pin.program, commit=_commit(spec))
-    click.echo(script, nl=False)
+    recipe = Recipe.of(fleet, wanted, digest=pin.digest, program=pin.program, commit=_commit(spec))
+    click.echo(batch_script(recipe, submit), nl=False)
 
 
 @main.command()

@@ -1,6 +1,6 @@
 """One cycle: look, remember, plan, act."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from reconciler.adapters.ports import ImagePin
@@ -11,6 +11,7 @@ from reconciler.observe import World, observe
 from reconciler.plan import Plan
 from reconciler.planner import plan
 from reconciler.spec import Fleet
+from reconciler.state import Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,15 @@ def look(
     return plan(fleet, observation, memory, allow_destroy), pins
 
 
+def recipes(fleet: Fleet, pins: Mapping[str, ImagePin], commit: str | None) -> Iterator[Recipe]:
+    """Yield what jobs of each revision in the spec are made of, where the image can be read."""
+    for variant in (variant for model in fleet.models for variant in model.variants):
+        pin = pins.get(variant.image)
+        if pin is not None:
+            program, digest = pin.program, pin.digest
+            yield Recipe.of(fleet, variant, digest=digest, program=program, commit=commit)
+
+
 def cycle(
     fleet: Fleet,
     world: World,
@@ -43,11 +53,13 @@ def cycle(
     observation, pins = observe(fleet, world, at)
     memory = learn(world.store.load(), observation)
     decided = plan(fleet, observation, memory, allow_destroy)
+    ours = list(recipes(fleet, pins, commit))
+    memory = remember(memory, decided, ours)
     errors = []
     try:
-        world.store.save(remember(memory, decided))
+        world.store.save(memory)
     except StateFailed as error:
         # Lost memory costs caution only; not healing the fleet would cost requests.
         errors.append(f"memory: {error}")
-    errors += execute(decided, fleet, world, pins, commit=commit, say=say)
+    errors += execute(decided, fleet, world, [*memory.kept.values(), *ours], say=say)
     return Outcome(plan=decided, errors=tuple(errors))

@@ -6,14 +6,14 @@ Each action is written into the journal before it is done and after.
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-from reconciler.adapters.ports import Gateways, ImagePin, Result, Slurm, Store
+from reconciler.adapters.ports import Gateways, Result, Slurm, Store
 from reconciler.batch import batch_script
 from reconciler.errors import FleetError, SlurmUnavailable, StateFailed, SubmitUnknown
 from reconciler.observe import World
 from reconciler.plan import Action, Cancel, Drain, JobRef, Plan, Route, Submit
 from reconciler.routes import render_gateway
 from reconciler.spec import Fleet
-from reconciler.state import JobKey
+from reconciler.state import JobKey, Recipe
 
 Say = Callable[[str], None]
 
@@ -25,9 +25,8 @@ def execute(
     plan: Plan,
     fleet: Fleet,
     world: World,
-    pins: Mapping[str, ImagePin],
+    recipes: Iterable[Recipe],
     *,
-    commit: str | None,
     say: Say,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[str]:
@@ -37,6 +36,7 @@ def execute(
     deadline is left for the next cycle, which looks again first.
     """
     deadline = clock() + DEADLINE_S
+    known = {(recipe.model.name, recipe.revision): recipe for recipe in recipes}
     present = _present(plan.actions, fleet, world.slurm)
     journal = _Journal(world.store, plan.at)
     errors = []
@@ -50,7 +50,7 @@ def execute(
             break
         intent = journal.intend(action)
         try:
-            done = _perform(action, fleet, world, pins, present, commit, say)
+            done = _perform(action, fleet, world, known, present, say)
         except FleetError as error:
             errors.append(f"{_title(action)}: {error}")
             unknown = isinstance(error, SubmitUnknown)
@@ -102,20 +102,17 @@ def _perform(
     action: Action,
     fleet: Fleet,
     world: World,
-    pins: Mapping[str, ImagePin],
+    recipes: Mapping[tuple[str, str], Recipe],
     present: Mapping[JobKey, str],
-    commit: str | None,
     say: Say,
 ) -> str:
     """Do one action; return what the journal should know of it beside that it is done."""
     match action:
         case Submit():
-            model = fleet.model(action.name.model)
-            if model is None:
-                raise FleetError("its model is not in the spec")
-            program = pins[model.image].program
-            script = batch_script(fleet, model, action, program=program, commit=commit)
-            job_id = world.slurm.submit(script)
+            recipe = recipes.get((action.name.model, action.name.revision))
+            if recipe is None:
+                raise FleetError("nothing is known any more of what its revision is made of")
+            job_id = world.slurm.submit(batch_script(recipe, action))
             say(f"submitted {action.name} as job {job_id}")
             return f"job {job_id}"
         case Route():

@@ -31,7 +31,9 @@ _NOT_THE_REVISIONS = frozenset({Cause.NODE, Cause.PREEMPTED, Cause.WALLTIME})
 # The same on every node: trying more nodes will not help.
 _EVERYWHERE = frozenset({Cause.ARGUMENTS, Cause.IMAGE, Cause.WEIGHTS})
 _NONE = Failures(count=0, last_at=0.0, counted=frozenset())
-_NODES_OWN = frozenset({Cause.NODE, Cause.ENGINE, Cause.IMAGE, Cause.WEIGHTS})
+_NODES_OWN = frozenset(
+    {Cause.NODE, Cause.ENGINE, Cause.IMAGE, Cause.STARTUP, Cause.UNHEALTHY, Cause.WEIGHTS}
+)
 
 
 def cause(job: Job) -> Cause | None:
@@ -61,14 +63,14 @@ def learn_failures(
     for job in jobs:
         revision = _revision(job)
         seen = failures.get(revision)
-        why = cause(job)
-        if why is None or (seen is not None and job.key in seen.counted):
+        told = memory.drains.get(job.key) if job.phase is Phase.ENDED else None
+        # One that was told to end failed only if that was for a fault, whatever its end looks like.
+        why = cause(job) if told is None else told.cause
+        if (why is None and told is None) or (seen is not None and job.key in seen.counted):
             continue
-        before = failures.get(revision) or _NONE
+        before = seen or _NONE
         before = replace(before, counted=(before.counted & listed) | {job.key})
-        # One that was told to end is no failure, even if its comment is too old to say so.
-        told = job.key in memory.drains
-        failures[revision] = before if told else _one_more(before, job, why, observation.at)
+        failures[revision] = before if why is None else _one_more(before, job, why, observation.at)
     for job in (job for job in jobs if job.key in ready):
         seen = failures.get(_revision(job))
         if seen is not None:

@@ -1,12 +1,13 @@
 """How memory follows from what was seen and decided. Pure; losing memory restarts timers only."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from reconciler.failures import learn_failures
-from reconciler.plan import NoteKind, Plan
+from reconciler.plan import NoteKind, Plan, Reason, Status
 from reconciler.state import (
     UNREADABLE,
+    Cause,
     DrainClock,
     Health,
     Job,
@@ -15,12 +16,15 @@ from reconciler.state import (
     Observation,
     Phase,
     Progress,
+    Recipe,
 )
 
 # Of each model; a high percentile of these says how early a successor must be submitted.
 LEADS_KEPT = 20
 # A listing that has lost every known job at once must still say so this much later.
 CONFIRM_S = 5.0
+# What a replica was told to end for, and is its revision's failure all the same.
+_FAULTS = {Reason.STARTUP_TIMEOUT: Cause.STARTUP, Reason.UNHEALTHY: Cause.UNHEALTHY}
 _BLIND = frozenset({NoteKind.NO_LISTING, NoteKind.SUSPICIOUS_LISTING})
 
 
@@ -50,13 +54,36 @@ def unconfirmed(memory: Memory, at: float) -> bool:
     return memory.emptied_at is not None and at - memory.emptied_at < CONFIRM_S
 
 
-def remember(memory: Memory, plan: Plan) -> Memory:
-    """Return the memory with a clock for each replica that the plan makes leave."""
+def remember(memory: Memory, plan: Plan, recipes: Iterable[Recipe] = ()) -> Memory:
+    """Return the memory with a clock for each replica that leaves, and what serves kept.
+
+    `recipes` are those of the spec; that of a model's wanted revision is kept once one is ready.
+    """
     # When jobs could not be listed the plan says nothing, so it forgets nothing either.
     if any(note.kind in _BLIND for note in plan.notes):
         return memory
-    drains = {key: memory.drains.get(key) or DrainClock(since=plan.at) for key in plan.leaving}
-    return replace(memory, drains=drains)
+    drains = {
+        leaving.key: memory.drains.get(leaving.key)
+        or DrainClock(since=plan.at, cause=_FAULTS.get(leaving.reason))
+        for leaving in plan.leaving
+    }
+    return replace(memory, drains=drains, kept=_kept(memory, plan, recipes))
+
+
+def _kept(memory: Memory, plan: Plan, recipes: Iterable[Recipe]) -> Mapping[str, Recipe]:
+    ready = {
+        (view.name.model, view.name.revision)
+        for view in plan.replicas
+        if view.status is Status.READY
+    }
+    wanted = {(view.name, view.revision) for view in plan.models}
+    models = {view.name for view in plan.models}
+    kept = {name: recipe for name, recipe in memory.kept.items() if name in models}
+    for recipe in recipes:
+        name = recipe.model.name
+        if (name, recipe.revision) in ready & wanted:
+            kept[name] = recipe
+    return kept
 
 
 def _not_after(memory: Memory, at: float) -> Memory:
@@ -68,7 +95,7 @@ def _not_after(memory: Memory, at: float) -> Memory:
     return replace(
         memory,
         drains={
-            key: DrainClock(since=min(clock.since, at), idle_since=past(clock.idle_since))
+            key: replace(clock, since=min(clock.since, at), idle_since=past(clock.idle_since))
             for key, clock in memory.drains.items()
         },
         failures={

@@ -165,6 +165,15 @@ class ModelView:
     revision: str | None
     wanted: int
     ready: int
+    canary: str | None = None  # the revision of its canary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leaving:
+    """A replica that leaves, and that no gateway can send requests to any more."""
+
+    key: JobKey
+    reason: Reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +186,7 @@ class Plan:
     notes: tuple[Note, ...]
     models: tuple[ModelView, ...]
     replicas: tuple[ReplicaView, ...]
-    leaving: tuple[JobKey, ...]  # whose drain clocks run: no gateway can send them requests
+    leaving: tuple[Leaving, ...]  # whose drain clocks run
     gpus_held: int
     gpus_budget: int
 

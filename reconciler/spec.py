@@ -183,6 +183,16 @@ class Resources(Strict):
     memory: Memory
 
 
+class Canary(Strict):
+    """A second revision of a model, served beside the first: what differs, and how many of it."""
+
+    replicas: Replicas = 1
+    image: Label | None = None
+    weights: AbsolutePath | None = None
+    args: dict[ArgName, ArgValue] = Field({}, description="laid over the model's own")
+    env: dict[EnvName, Line] = Field({}, description="laid over the model's own")
+
+
 class Model(Strict):
     """One model and how many replicas of it are wanted."""
 
@@ -195,6 +205,7 @@ class Model(Strict):
     env: dict[EnvName, Line] = {}
     resources: Resources
     replicas: Replicas
+    canary: Canary | None = None
     suspend: bool = False
     protect: bool = Field(False, description="its jobs outlive its block in this spec")
     slurm: SlurmOverride = SlurmOverride()
@@ -205,6 +216,21 @@ class Model(Strict):
     def names(self) -> tuple[str, ...]:
         """Every word that a client may put in `model`; the model's own name is the first."""
         return (self.name, *self.served_names)
+
+    @property
+    def variants(self) -> "tuple[Model, ...]":
+        """The model without its canary, and the canary as a model of its own if there is one."""
+        if self.canary is None:
+            return (self,)
+        plain = self.model_copy(update={"canary": None})
+        changed = {
+            "replicas": self.canary.replicas,
+            "image": self.canary.image or self.image,
+            "weights": self.canary.weights or self.weights,
+            "args": self.args | self.canary.args,
+            "env": self.env | self.canary.env,
+        }
+        return (plain, plain.model_copy(update=changed))
 
     def revision(self, image_digest: str) -> str:
         """Return the first 8 hex digits of the digest of only the fields that need a restart."""
@@ -238,6 +264,11 @@ class Fleet(Strict):
     def model(self, name: str) -> Model | None:
         """Return the model of that name, or None if the spec has none."""
         return next((model for model in self.models if model.name == name), None)
+
+    def only(self, model: Model) -> "Fleet":
+        """Return this fleet with one model and its image alone."""
+        images = {model.image: self.images[model.image]}
+        return self.model_copy(update={"models": (model,), "images": images})
 
     def slurm_for(self, model: Model) -> Slurm:
         """Return the Slurm options of a model: its own, else the fleet's."""
@@ -435,11 +466,13 @@ def impossibilities(fleet: Fleet) -> Iterator[tuple[source.Path, str]]:
         if parse_duration(fleet.slurm_for(model).walltime) <= needed:
             message = f"the walltime must be longer than startup plus drain timeout ({needed} s)"
             yield (*here, "name"), message
-        for key, message in _argument_mistakes(model.args):
-            yield (*here, "args", key), message
-        for path, message in _refused_arguments(fleet, model):
-            yield (*here, "args", *path), message
-    wanted = sum(model.replicas * model.resources.gpus for model in fleet.models)
+        yield from _argument_mistakes(fleet, model, here)
+        yield from _canary_mistakes(fleet, model, (*here, "canary"))
+    wanted = sum(
+        variant.replicas * variant.resources.gpus
+        for model in fleet.models
+        for variant in model.variants
+    )
     if wanted > fleet.budget.gpus:
         message = f"all replicas together need {wanted} GPUs, the budget is {fleet.budget.gpus}"
         yield ("budget", "gpus"), message
@@ -448,7 +481,8 @@ def impossibilities(fleet: Fleet) -> Iterator[tuple[source.Path, str]]:
 def warnings(fleet: Fleet) -> Iterator[tuple[source.Path, str]]:
     """Yield what may be wrong and can't be told: where, and why."""
     for name, image in fleet.images.items():
-        engines = {model.engine for model in fleet.models if model.image == name and model.args}
+        variants = (variant for model in fleet.models for variant in model.variants)
+        engines = {variant.engine for variant in variants if variant.image == name and variant.args}
         for engine in sorted(engines):
             why = unchecked(engine, image.version)
             if why is not None:
@@ -461,7 +495,34 @@ _OURS = frozenset(
 )
 
 
-def _argument_mistakes(args: Mapping[str, ArgValue]) -> Iterator[tuple[str, str]]:
+def _canary_mistakes(
+    fleet: Fleet, model: Model, here: source.Path
+) -> Iterator[tuple[source.Path, str]]:
+    if model.canary is None:
+        return
+    plain, canary = model.variants
+    if canary.image not in fleet.images:
+        hint = source.did_you_mean(canary.image, fleet.images)
+        yield (*here, "image"), f'no image "{canary.image}" under images{hint}'
+    if plain.revision(plain.image) == canary.revision(canary.image):
+        yield here, "the canary differs in nothing from its model; change something or remove it"
+    known = {message for _, message in _argument_mistakes(fleet, plain, here)}
+    for path, message in _argument_mistakes(fleet, canary, here):
+        if message not in known:
+            yield path, message
+
+
+def _argument_mistakes(
+    fleet: Fleet, model: Model, here: source.Path
+) -> Iterator[tuple[source.Path, str]]:
+    """Yield each argument of a model that its engine could not be given, or would not take."""
+    for key, message in _unfit_arguments(model.args):
+        yield (*here, "args", key), message
+    for path, message in _refused_arguments(fleet, model):
+        yield (*here, "args", *path), message
+
+
+def _unfit_arguments(args: Mapping[str, ArgValue]) -> Iterator[tuple[str, str]]:
     """Yield what could not arrive at the engine as it is written: which argument, and why."""
     flags: set[str] = set()
     for key, value in args.items():

@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Self
 
 from reconciler.naming import Comment, ReplicaName, Run
+from reconciler.spec import Fleet, Model
 
 JobKey = tuple[int, int]
 """(job id, submit time): Slurm reuses ids, so an id alone is no key."""
@@ -53,7 +55,7 @@ UNREADABLE = "UNREADABLE"
 
 
 class Cause(StrEnum):
-    """Why a job ended that nobody told to end."""
+    """Why a job ended that nobody wanted to end."""
 
     ARGUMENTS = "the engine refuses its arguments"
     ENGINE = "the engine ended"
@@ -61,6 +63,8 @@ class Cause(StrEnum):
     MEMORY = "out of memory"
     NODE = "the node failed"
     PREEMPTED = "preempted"
+    STARTUP = "never ready in its startup timeout"
+    UNHEALTHY = "it stopped answering"
     WALLTIME = "its walltime ended"
     WEIGHTS = "its weights are missing"
 
@@ -164,6 +168,7 @@ class DrainClock:
 
     since: float
     idle_since: float | None = None
+    cause: Cause | None = None  # what it failed by, None if it leaves for no fault of its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +200,31 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """All that jobs of one revision are made of: enough for another one after the spec's edit."""
+
+    fleet: Fleet  # with this one model, and its image, alone
+    digest: str  # of the image
+    program: str  # the SIF, or what is started without a container
+    commit: str | None
+
+    @classmethod
+    def of(
+        cls, fleet: Fleet, model: Model, *, digest: str, program: str, commit: str | None
+    ) -> Self:
+        """Return the recipe of a model, or of one of its variants, of a fleet."""
+        return cls(fleet=fleet.only(model), digest=digest, program=program, commit=commit)
+
+    @property
+    def model(self) -> Model:
+        return self.fleet.models[0]
+
+    @property
+    def revision(self) -> str:
+        return self.model.revision(self.digest)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
     """What one look can't show. Losing it restarts timers and nothing else."""
 
@@ -204,4 +234,5 @@ class Memory:
     leads: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # model -> seconds
     led: frozenset[JobKey] = frozenset()  # whose lead time is among them
     progress: Mapping[JobKey, Progress] = field(default_factory=dict)
+    kept: Mapping[str, Recipe] = field(default_factory=dict)  # model -> what was ready last
     emptied_at: float | None = None  # first look at which all known jobs were gone at once

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from reconciler.memory import CONFIRM_S, unconfirmed
 from reconciler.plan import (
     Action,
+    Leaving,
     ModelView,
     Note,
     NoteKind,
@@ -62,7 +63,9 @@ def plan(
         models=tuple(part.view for part in parts if part.view is not None),
         replicas=tuple(replica_view(job, seen, leaving) for job in seen.live),
         leaving=tuple(
-            job.key for job in seen.live if job.key in leaving and not seen.may_get_requests(job)
+            Leaving(key=job.key, reason=leaving[job.key])
+            for job in seen.live
+            if job.key in leaving and not seen.may_get_requests(job)
         ),
         gpus_held=seen.gpus_held,
         gpus_budget=fleet.budget.gpus,
@@ -95,7 +98,12 @@ def _empty_plan(fleet: Fleet, observation: Observation, notes: tuple[Note, ...])
         actions=(),
         notes=notes,
         models=tuple(
-            ModelView(name=model.name, revision=None, wanted=model.replicas, ready=0)
+            ModelView(
+                name=model.name,
+                revision=None,
+                wanted=sum(variant.replicas for variant in model.variants),
+                ready=0,
+            )
             for model in fleet.models
         ),
         replicas=(),

@@ -1,6 +1,6 @@
 """What one model needs: which replicas leave and why, which are submitted, what is held back."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from reconciler.failures import backoff_until, halted
@@ -18,8 +18,10 @@ from reconciler.planner.views import model_view
 from reconciler.rollover import MARGIN_S, last_moment, staggered
 from reconciler.spec import Model, parse_duration
 from reconciler.state import (
+    Cause,
     Job,
     JobKey,
+    Recipe,
 )
 
 MISSES_TO_REPLACE = 4
@@ -36,59 +38,161 @@ class Part:
 
 
 def decide(model: Model, seen: Seen) -> Part:
-    """Decide for one model of the spec."""
-    jobs = seen.jobs_of(model.name)
-    revision = seen.revisions[model.name]
-    if revision is None:
-        text = seen.observation.image_errors.get(model.image, "its image can't be read")
+    """Decide for one model of the spec: for its canary, and for everything else of it."""
+    unknown = [variant.image for variant, revision in seen.variants[model.name] if not revision]
+    if unknown:
+        text = seen.observation.image_errors.get(unknown[0], "its image can't be read")
         note = Note(kind=NoteKind.IMAGE_UNKNOWN, subject=model.name, text=text)
-        return Part(notes=(note,), view=model_view(model, None, jobs, seen))
-    view = model_view(model, revision, jobs, seen)
+        return Part(notes=(note,), view=model_view(model, seen))
     if model.suspend:
         note = Note(kind=NoteKind.SUSPENDED, subject=model.name, text="left alone by its spec")
-        return Part(notes=(note,), view=view)
-    expiring = seen.due(model, [job for job in jobs if job.name.revision == revision])
-    leaving = _leaving(model, revision, jobs, expiring, seen)
+        return Part(notes=(note,), view=model_view(model, seen))
+    parts = [_decide(case) for case in _cases(model, seen)]
+    return Part(
+        leaving=tuple(pair for part in parts for pair in part.leaving),
+        submits=tuple(submit for part in parts for submit in part.submits),
+        notes=tuple(note for part in parts for note in part.notes),
+        view=model_view(model, seen),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Case:
+    """One revision that is wanted of a model, and the jobs that it answers for."""
+
+    model: Model
+    revision: str
+    jobs: Sequence[Job]
+    expiring: frozenset[JobKey]  # of these, what must have a successor now
+    # While the wanted revision fails, what was ready last is replaced from its recipe: its
+    # replicas reach their walltime too, and nothing else serves.
+    fallback: Recipe | None
+    taken: frozenset[int]  # ordinals of all live jobs of the model
+    seen: Seen
+
+    def is_current(self, job: Job) -> bool:
+        return job.name.revision == self.revision
+
+    def is_fallback(self, job: Job) -> bool:
+        return self.fallback is not None and job.name.revision == self.fallback.revision
+
+    def is_expiring(self, job: Job) -> bool:
+        return job.key in self.expiring
+
+    def ready(self, jobs: Iterable[Job]) -> int:
+        return sum(1 for job in jobs if self.seen.status(job) is Status.READY)
+
+
+def _cases(model: Model, seen: Seen) -> Iterator[_Case]:
+    """Yield the model itself, which answers for every stale job too, and then its canary."""
+    jobs = seen.jobs_of(model.name)
+    taken = frozenset(job.name.ordinal for job in jobs)
+    (plain, revision), *canaries = seen.variants[model.name]
+    apart = {canary_revision for _, canary_revision in canaries}
+    rest = [job for job in jobs if job.name.revision not in apart]
+    fallback = seen.fallback(model, revision or "")
+    yield _case(plain, revision or "", rest, fallback, taken, seen)
+    for canary, canary_revision in canaries:
+        own = [job for job in jobs if job.name.revision == canary_revision]
+        yield _case(canary, canary_revision or "", own, None, taken, seen)
+
+
+def _case(
+    model: Model,
+    revision: str,
+    jobs: Sequence[Job],
+    fallback: Recipe | None,
+    taken: frozenset[int],
+    seen: Seen,
+) -> _Case:
+    kept_alive = [revision] if fallback is None else [revision, fallback.revision]
+    expiring = [
+        seen.due(model, [job for job in jobs if job.name.revision == one]) for one in kept_alive
+    ]
+    return _Case(
+        model=model,
+        revision=revision,
+        jobs=jobs,
+        expiring=frozenset[JobKey]().union(*expiring),
+        fallback=fallback,
+        taken=taken,
+        seen=seen,
+    )
+
+
+def _decide(case: _Case) -> Part:
+    leaving = _leaving(case)
     gone = {job.key for job, _ in leaving}
-    staying = [job for job in jobs if job.key not in gone and serves(job, seen)]
-    submits, notes = _missing(model, revision, jobs, staying, expiring, seen)
-    notes += tuple(_expiring_note(model, job, seen) for job in staying if job.key in expiring)
-    return Part(leaving=tuple(leaving), submits=submits, notes=notes, view=view)
+    staying = [job for job in case.jobs if job.key not in gone and serves(job, case.seen)]
+    submits, notes = _missing(case, staying)
+    notes += tuple(_expiring_note(case, job) for job in staying if case.is_expiring(job))
+    return Part(leaving=tuple(leaving), submits=submits, notes=notes)
 
 
-def _expiring_note(model: Model, job: Job, seen: Seen) -> Note:
+def _expiring_note(case: _Case, job: Job) -> Note:
     text = "its successor is not ready yet; it goes on serving"
-    drain_s = seen.fleet.drain_timeout_s(model)
+    drain_s = case.seen.fleet.drain_timeout_s(case.model)
     until = None if job.ends_at is None else last_moment(job.ends_at, drain_s)
     return Note(kind=NoteKind.EXPIRING, subject=str(job.name), text=text, until=until)
 
 
-def _leaving(
-    model: Model, revision: str, jobs: Sequence[Job], expiring: frozenset[JobKey], seen: Seen
-) -> list[tuple[Job, Reason]]:
-    """Return which jobs of a model leave and why; each job once, for its first reason."""
+def _leaving(case: _Case) -> list[tuple[Job, Reason]]:
+    """Return which jobs leave and why; each job once, for its first reason."""
+    seen, model = case.seen, case.model
     chosen: dict[JobKey, tuple[Job, Reason]] = {}
 
     def choose(candidates: Iterable[Job], reason: Reason) -> None:
         for job in candidates:
             chosen.setdefault(job.key, (job, reason))
 
-    known = [job for job in jobs if serves(job, seen) and seen.status(job) is not Status.UNKNOWN]
+    known = [
+        job for job in case.jobs if serves(job, seen) and seen.status(job) is not Status.UNKNOWN
+    ]
     choose(_duplicates(known, seen), Reason.DUPLICATE)
-    for job in (job for job in jobs if seen.status(job) is Status.DRAINING):
-        choose([job], Reason.SURPLUS if job.name.revision == revision else Reason.STALE)
+    for job in (job for job in case.jobs if seen.status(job) is Status.DRAINING):
+        choose([job], _draining_for(job, case))
     choose([job for job in known if seen.must_go(model, job)], Reason.EXPIRING)
     rest = [job for job in known if job.key not in chosen]
-    current = [job for job in rest if job.name.revision == revision and job.key not in expiring]
-    outgoing = [job for job in rest if job.name.revision != revision or job.key in expiring]
-    for job in _outgoing_to_leave(model, current, outgoing, seen):
-        choose([job], Reason.EXPIRING if job.key in expiring else Reason.STALE)
+    current = [job for job in rest if case.is_current(job) and not case.is_expiring(job)]
+    outgoing = [job for job in rest if not case.is_current(job) or case.is_expiring(job)]
+    returning = _returning(case, current, outgoing)
+    for job in _outgoing_to_leave(case, current, [job for job in outgoing if job not in returning]):
+        choose([job], Reason.EXPIRING if case.is_expiring(job) else Reason.STALE)
     choose([job for job in current if _is_unhealthy(job, seen)], Reason.UNHEALTHY)
-    choose([job for job in current if _is_late(model, job, seen)], Reason.STARTUP_TIMEOUT)
+    starting = [*current, *returning]
+    choose([job for job in starting if _is_late(model, job, seen)], Reason.STARTUP_TIMEOUT)
     healthy = [job for job in current if job.key not in chosen]
     surplus = max(0, len(healthy) - model.replicas)
     choose(sorted(healthy, key=lambda job: _victim_order(job, seen))[:surplus], Reason.SURPLUS)
     return list(chosen.values())
+
+
+def _returning(case: _Case, current: Sequence[Job], outgoing: Sequence[Job]) -> list[Job]:
+    """Return which replicas of the fallback that don't serve yet are still wanted."""
+    starting = (Status.PENDING, Status.STARTING)
+    candidates = [
+        job
+        for job in outgoing
+        if case.is_fallback(job) and not case.is_expiring(job) and case.seen.status(job) in starting
+    ]
+    serving = [
+        job
+        for job in outgoing
+        if not case.is_expiring(job) and case.seen.status(job) in (Status.READY, Status.SILENT)
+    ]
+    wanted = case.model.replicas - case.ready(current) - len(serving)
+    candidates.sort(key=lambda job: (-progress(job, case.seen), job.name))
+    return candidates[: max(0, wanted)]
+
+
+def _draining_for(job: Job, case: _Case) -> Reason:
+    """Return why a replica drains that has been told to, as far as that is remembered."""
+    cause = case.seen.clock(job).cause
+    if cause is Cause.STARTUP:
+        return Reason.STARTUP_TIMEOUT
+    if cause is Cause.UNHEALTHY:
+        return Reason.UNHEALTHY
+    return Reason.SURPLUS if case.is_current(job) else Reason.STALE
 
 
 def _duplicates(jobs: Sequence[Job], seen: Seen) -> list[Job]:
@@ -103,18 +207,17 @@ def _duplicates(jobs: Sequence[Job], seen: Seen) -> list[Job]:
     return extra
 
 
-def _outgoing_to_leave(
-    model: Model, current: Sequence[Job], outgoing: Sequence[Job], seen: Seen
-) -> list[Job]:
+def _outgoing_to_leave(case: _Case, current: Sequence[Job], outgoing: Sequence[Job]) -> list[Job]:
     """Return which stale and expiring replicas may leave now: those that nobody would miss.
 
     A silent one may still serve, so it leaves only when enough others are ready without it.
     """
+    seen = case.seen
     serving = [job for job in outgoing if seen.status(job) is Status.READY]
     silent = [job for job in outgoing if seen.status(job) is Status.SILENT]
     idle = [job for job in outgoing if seen.status(job) not in (Status.READY, Status.SILENT)]
-    ready = len(serving) + sum(1 for job in current if seen.status(job) is Status.READY)
-    spare = ready - (model.replicas - seen.fleet.defaults.rollout.max_unavailable)
+    ready = len(serving) + case.ready(current)
+    spare = ready - (case.model.replicas - seen.fleet.defaults.rollout.max_unavailable)
     if spare < 0:
         return idle
     return idle + silent + sorted(serving, key=lambda job: _victim_order(job, seen))[:spare]
@@ -141,74 +244,91 @@ def _victim_order(job: Job, seen: Seen) -> tuple[int, bool, bool, float, int, in
     return (progress(job, seen), not draining, routed, ends, load, -job.name.ordinal)
 
 
-def _missing(
-    model: Model,
-    revision: str,
-    jobs: Sequence[Job],
-    staying: Sequence[Job],
-    expiring: frozenset[JobKey],
-    seen: Seen,
-) -> tuple[tuple[Submit, ...], tuple[Note, ...]]:
-    """Return the submissions that a model lacks, or the note that says why not yet."""
-    ours = [job for job in staying if job.name.revision == revision]
-    current = [job for job in ours if job.key not in expiring]
-    others = [job for job in jobs if job.name.revision != revision and serves(job, seen)]
+def _missing(case: _Case, staying: Sequence[Job]) -> tuple[tuple[Submit, ...], tuple[Note, ...]]:
+    """Return the submissions that a model lacks, or the notes that say why not yet."""
+    seen, model, revision = case.seen, case.model, case.revision
+    returning, notes = _missing_fallback(case, staying)
+    current = [job for job in staying if case.is_current(job) and not case.is_expiring(job)]
+    others = [job for job in case.jobs if not case.is_current(job) and serves(job, seen)]
     need = model.replicas - len(current)
     if need <= 0:
-        return (), ()
-    room = model.replicas + seen.fleet.defaults.rollout.max_surge - len(current) - len(others)
-    count = min(need, max(0, room)) if others else need
-    notes = []
+        return returning, notes
+    old = len(others) + len(returning)
+    room = model.replicas + seen.fleet.defaults.rollout.max_surge - len(current) - old
+    count = min(need, max(0, room)) if old else need
+    held = _held(model.name, revision, seen)
+    if held is not None:
+        return returning, (*notes, held)
     if count < need:
         text = f"{need - count} more of revision {revision} follow when old replicas have left"
-        notes.append(Note(kind=NoteKind.ROLLING, subject=model.name, text=text))
-    held = _held(model, revision, seen)
+        notes = (*notes, Note(kind=NoteKind.ROLLING, subject=model.name, text=text))
+    taken = case.taken | {submit.name.ordinal for submit in returning}
+    outgoing = [job for job in staying if case.is_current(job) and case.is_expiring(job)]
+    reason = Reason.STALE if old else Reason.MISSING
+    return (*returning, *_submits(case, model, revision, count, taken, outgoing, reason)), notes
+
+
+def _missing_fallback(
+    case: _Case, staying: Sequence[Job]
+) -> tuple[tuple[Submit, ...], tuple[Note, ...]]:
+    """Return what is missing of the revision that was ready last, while the wanted one fails."""
+    if case.fallback is None:
+        return (), ()
+    ready = case.ready(job for job in staying if case.is_current(job))
+    old = [job for job in staying if not case.is_current(job) and not case.is_expiring(job)]
+    count = case.model.replicas - ready - len(old)
+    if count <= 0:
+        return (), ()
+    model, revision = case.fallback.model, case.fallback.revision
+    held = _held(model.name, revision, case.seen)
     if held is not None:
-        return (), (*notes, held)
-    names = _free_names(model, revision, jobs, count, seen)
-    predecessors = _without_successor([job for job in ours if job.key in expiring], jobs)
-    reasons = [Reason.EXPIRING] * len(predecessors) + [
-        Reason.STALE if others else Reason.MISSING
-    ] * count
+        return (), (held,)
+    outgoing = [job for job in staying if case.is_fallback(job) and case.is_expiring(job)]
+    return _submits(case, model, revision, count, case.taken, outgoing, Reason.MISSING), ()
+
+
+def _submits(
+    case: _Case,
+    model: Model,
+    revision: str,
+    count: int,
+    taken: frozenset[int],
+    outgoing: Sequence[Job],
+    reason: Reason,
+) -> tuple[Submit, ...]:
+    """Return so many submissions of a revision; the first ones succeed what is outgoing of it."""
+    seen = case.seen
+    predecessors = _without_successor(outgoing, case.jobs)
+    free = [ordinal for ordinal in range(len(taken) + count) if ordinal not in taken]
     return tuple(
         Submit(
-            name=name,
+            name=ReplicaName(
+                fleet=seen.fleet.fleet, model=model.name, revision=revision, ordinal=ordinal
+            ),
             gpus=model.resources.gpus,
-            reason=reasons[at],
-            walltime_s=_walltime_s(model, name.ordinal, seen),
+            reason=Reason.EXPIRING if at < len(predecessors) else reason,
+            walltime_s=_walltime_s(model, ordinal, seen),
             exclude=tuple(seen.quarantined),
             succeeds=predecessors[at].key if at < len(predecessors) else None,
         )
-        for at, name in enumerate(names)
-    ), tuple(notes)
+        for at, ordinal in enumerate(free[:count])
+    )
 
 
-def _held(model: Model, revision: str, seen: Seen) -> Note | None:
+def _held(model: str, revision: str, seen: Seen) -> Note | None:
     """Return why no job of this revision may be submitted now, or None."""
-    failures = seen.memory.failures.get(f"{model.name}.{revision}")
+    failures = seen.memory.failures.get(f"{model}.{revision}")
     until = backoff_until(failures)
     if failures is None or until <= seen.at:
         return None
     bad = halted(failures)
     if bad is not None:
         text = f"revision {revision} is halted: {bad}; what serves goes on serving"
-        return Note(kind=NoteKind.HALTED, subject=model.name, text=text, until=until)
+        return Note(kind=NoteKind.HALTED, subject=model, text=text, until=until)
     last = f", the last: {failures.recent[-1].cause}" if failures.recent else ""
     times = "1 failure" if failures.count == 1 else f"{failures.count} failures"
     text = f"held: {times} on revision {revision}{last}"
-    return Note(kind=NoteKind.BACKOFF, subject=model.name, text=text, until=until)
-
-
-def _free_names(
-    model: Model, revision: str, jobs: Sequence[Job], count: int, seen: Seen
-) -> list[ReplicaName]:
-    """Return so many names with the lowest ordinals that no live job of the model holds."""
-    taken = {job.name.ordinal for job in jobs}
-    free = [ordinal for ordinal in range(len(taken) + count) if ordinal not in taken]
-    return [
-        ReplicaName(fleet=seen.fleet.fleet, model=model.name, revision=revision, ordinal=ordinal)
-        for ordinal in free[:count]
-    ]
+    return Note(kind=NoteKind.BACKOFF, subject=model, text=text, until=until)
 
 
 def _without_successor(expiring: Sequence[Job], jobs: Sequence[Job]) -> list[Job]:

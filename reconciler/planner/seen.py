@@ -17,6 +17,7 @@ from reconciler.state import (
     Observation,
     Phase,
     Probe,
+    Recipe,
     Target,
 )
 
@@ -51,8 +52,10 @@ class Seen:
         self.statuses = {job.key: self._status(job) for job in self.live}
         # Once for all jobs: a search for each would cost models times jobs.
         self.models = {model.name: model for model in fleet.models}
-        self.revisions = {
-            model.name: _revision(model, observation.image_digests) for model in fleet.models
+        digests = observation.image_digests
+        self.variants = {
+            model.name: tuple((variant, _revision(variant, digests)) for variant in model.variants)
+            for model in fleet.models
         }
         self._jobs_of: dict[str, list[Job]] = {}
         for job in self.live:
@@ -88,6 +91,13 @@ class Seen:
             slots=headroom // model.resources.gpus,
             nodes=self.observation.nodes or {},
         )
+
+    def fallback(self, model: Model, revision: str) -> Recipe | None:
+        """Return what was ready last of a model, if its wanted revision fails: to go on with."""
+        kept = self.memory.kept.get(model.name)
+        failures = self.memory.failures.get(f"{model.name}.{revision}")
+        failing = failures is not None and failures.count > 0
+        return kept if failing and kept is not None and kept.revision != revision else None
 
     def must_go(self, model: Model, job: Job) -> bool:
         """Whether only the drain is left of its walltime."""

@@ -1,6 +1,6 @@
 """What people see of a plan beside its actions: each replica, each model, and why."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from reconciler.plan import (
     ModelView,
@@ -25,9 +25,16 @@ _NEVER_STARTS = frozenset(
 )
 
 
-def model_view(model: Model, revision: str | None, jobs: Sequence[Job], seen: Seen) -> ModelView:
-    ready = sum(1 for job in jobs if seen.status(job) is Status.READY)
-    return ModelView(name=model.name, revision=revision, wanted=model.replicas, ready=ready)
+def model_view(model: Model, seen: Seen) -> ModelView:
+    """Return a model with how much of it is wanted and ready, its canary included."""
+    (_, revision), *canary = seen.variants[model.name]
+    return ModelView(
+        name=model.name,
+        revision=revision,
+        canary=canary[0][1] if canary else None,
+        wanted=sum(variant.replicas for variant in model.variants),
+        ready=sum(1 for job in seen.jobs_of(model.name) if seen.status(job) is Status.READY),
+    )
 
 
 def observation_notes(seen: Seen, leaving: Mapping[JobKey, Reason]) -> list[Note]:
@@ -89,8 +96,8 @@ def replica_view(job: Job, seen: Seen, leaving: Mapping[JobKey, Reason]) -> Repl
     if job.key in leaving and status is not Status.DRAINING:
         status = Status.LEAVING
     # While its image can't be read a model's revision is unknown: nothing counts as another one.
-    wanted = seen.revisions.get(job.name.model, "")
-    current = wanted is None or job.name.revision == wanted
+    wanted = {revision for _, revision in seen.variants.get(job.name.model, ())}
+    current = None in wanted or job.name.revision in wanted
     return ReplicaView(
         name=job.name,
         job_id=job.id,

@@ -229,7 +229,7 @@ def _cancelled(action: Any) -> Any:
 def released_at_once(patch: Patch) -> None:
     """The old revision goes as soon as there is a new one."""
 
-    def leave(_model: Any, _current: Any, outgoing: Sequence[Job], _seen: Any) -> list[Job]:
+    def leave(_case: Any, _current: Any, outgoing: Sequence[Job]) -> list[Job]:
         return list(outgoing)
 
     patch.setattr(reconciler.planner.model, "_outgoing_to_leave", leave)

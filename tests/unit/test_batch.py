@@ -16,6 +16,7 @@ from reconciler.batch import batch_script, engine_argument
 from reconciler.naming import ReplicaName, parse_comment
 from reconciler.plan import Reason, Submit
 from reconciler.spec import Fleet
+from reconciler.state import Recipe
 from tests.unit.build import fleet, model_record
 
 SIF = {"images": {"engine": {"name": "vllm"}}, "image_dir": "/images"}
@@ -35,7 +36,8 @@ def script_of(wanted: Fleet, program: str = "/opt/engine") -> str:
     model = wanted.models[0]
     name = ReplicaName(fleet="demo", model=model.name, revision="0123abcd", ordinal=3)
     submit = Submit(name=name, gpus=model.resources.gpus, reason=Reason.MISSING)
-    return batch_script(wanted, model, submit, program=program, commit=COMMIT)
+    recipe = Recipe.of(wanted, model, digest="sha", program=program, commit=COMMIT)
+    return batch_script(recipe, submit)
 
 
 def script(program: str = "/opt/engine", top: dict[str, Any] | None = None, **keys: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from reconciler.adapters.ports import ImagePin, Listing, Result
+from reconciler.adapters.ports import Listing, Result
 from reconciler.errors import (
     FleetError,
     GatewayFailed,
@@ -21,7 +21,7 @@ from reconciler.observe import World
 from reconciler.plan import Action, Cancel, Drain, JobRef, Plan, Reason, Route, Submit
 from reconciler.planner import plan
 from reconciler.routes import GatewayFiles, render_gateway
-from reconciler.state import GatewayView, Job, Memory
+from reconciler.state import GatewayView, Job, Memory, Recipe
 from tests.unit.build import DIGEST, fleet, job, model_record, observation, revision, target, view
 
 FLEET = fleet(
@@ -30,7 +30,10 @@ FLEET = fleet(
     gateway={"hosts": [{"name": "a"}, {"name": "b"}]},
 )
 REV = revision(FLEET)
-PINS = {"engine": ImagePin(program="/opt/engine", digest=DIGEST)}
+RECIPES = [
+    Recipe.of(FLEET, model, digest=DIGEST, program="/opt/engine", commit=None)
+    for model in FLEET.models
+]
 
 
 @dataclass
@@ -132,7 +135,7 @@ def made(*actions: Action) -> Plan:
 
 
 def perform(decided: Plan, fake: FakeWorld, say: Callable[[str], None] | None = None) -> list[str]:
-    return execute(decided, FLEET, fake.world(), PINS, commit=None, say=say or (lambda _: None))
+    return execute(decided, FLEET, fake.world(), RECIPES, say=say or (lambda _: None))
 
 
 def ref(of: Job) -> JobRef:
@@ -209,8 +212,7 @@ def test_actions_past_the_deadline_are_left_for_the_next_cycle() -> None:
         made(*submits),
         FLEET,
         fake.world(),
-        PINS,
-        commit=None,
+        RECIPES,
         say=lambda _: None,
         clock=lambda: next(times),
     )
@@ -267,10 +269,10 @@ def test_R28_queue_is_not_asked_again_when_nothing_ends() -> None:
 
 
 def test_model_that_left_the_spec_is_not_submitted() -> None:
-    """A plan of another spec's model is an error of that action."""
+    """What no recipe is known of is an error of that action."""
     submit = Submit(name=replace(ONE.name, model="gone"), gpus=1, reason=Reason.MISSING)
     assert perform(made(submit), FakeWorld()) == [
-        f"submit demo.gone.{REV}.0: its model is not in the spec"
+        f"submit demo.gone.{REV}.0: nothing is known any more of what its revision is made of"
     ]
 
 

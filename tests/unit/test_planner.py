@@ -739,7 +739,7 @@ def test_drain_waits_for_the_old_workers() -> None:
     decided, goes = step(old_workers=1)
     assert ended(decided) == {}
     assert waits(decided) == "old workers of gateway gateway still finish requests"
-    assert decided.leaving == (goes.key,)
+    assert [leaving.key for leaving in decided.leaving] == [goes.key]
 
 
 def test_drain_does_not_wait_for_old_workers_for_ever() -> None:
@@ -764,7 +764,7 @@ def test_drain_is_not_repeated_once_the_job_says_so() -> None:
     decided, goes = step(draining=True)
     assert decided.actions == ()
     assert waits(decided) == "its engine finishes its requests"
-    assert decided.leaving == (goes.key,)
+    assert [leaving.key for leaving in decided.leaving] == [goes.key]
 
 
 def test_drain_waits_for_the_trap() -> None:

@@ -21,7 +21,7 @@ from reconciler.planner import plan
 from reconciler.render import plan_text, status_text
 from reconciler.routes import parse_targets, render_gateway
 from reconciler.spec import load_fleet
-from reconciler.state import Health, Job, Memory, Probe
+from reconciler.state import Health, Job, Memory, Probe, Recipe
 from tests.unit.build import (
     AT,
     comment_text,
@@ -161,7 +161,8 @@ def test_R36_secret_of_an_environment_is_in_no_plan_text_or_comment() -> None:
     assert SECRET not in to_json(decided) + plan_text(record) + status_text(record)
     [submit, _] = submits(decided)
     assert isinstance(submit, Submit)
-    script = batch_script(wanted, wanted.models[0], submit, program="/opt/engine", commit="abc")
+    recipe = Recipe.of(wanted, wanted.models[0], digest="sha", program="/opt/engine", commit="abc")
+    script = batch_script(recipe, submit)
     options = [line for line in script.splitlines() if line.startswith("#SBATCH")]
     assert SECRET in script
     assert not any(SECRET in line for line in options)

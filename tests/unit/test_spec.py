@@ -519,6 +519,7 @@ RESTARTS_NOTHING: dict[str, Any] = {
     "name": "other",
     "image": "other",
     "replicas": 7,
+    "canary": {"replicas": 1, "env": {"A": "b"}},
     "suspend": True,
     "slurm": {"partition": "long", "account": "a", "qos": "q", "walltime": "9:00:00"},
     "startup_timeout_s": 5,

@@ -22,6 +22,7 @@ from reconciler.adapters.store import FILE, SqliteStore, read_events
 from reconciler.errors import LockHeld, StateFailed
 from reconciler.naming import ReplicaName
 from reconciler.plan import Action, Cancel, Drain, JobRef, Reason, Route, Submit
+from reconciler.spec import Fleet, load_fleet
 from reconciler.state import Memory, Target
 
 NAME = ReplicaName(fleet="demo", model="tiny", revision="0123abcd", ordinal=0)
@@ -52,6 +53,8 @@ def sample(hint: Any) -> Any:
     if dataclasses.is_dataclass(hint):
         kind: Any = hint
         return kind(**{name: sample(of) for name, of in typing.get_type_hints(hint).items()})
+    if hint is Fleet:
+        return load_fleet(Path(__file__).parents[2] / "specs" / "demo")
     if issubclass(hint, enum.Enum):
         return next(iter(hint))
     return {int: 3, float: 2.25, str: "model.0123abcd", bool: True}[hint]

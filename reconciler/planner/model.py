@@ -274,9 +274,12 @@ def _missing_fallback(
     """Return what is missing of the revision that was ready last, while the wanted one fails."""
     if case.fallback is None:
         return (), ()
-    ready = case.ready(job for job in staying if case.is_current(job))
-    old = [job for job in staying if not case.is_current(job) and not case.is_expiring(job)]
-    count = case.model.replicas - ready - len(old)
+    lasting = [job for job in staying if not case.is_expiring(job)]
+    old = [job for job in lasting if not case.is_current(job)]
+    ready = case.ready(job for job in lasting if case.is_current(job))
+    # What is tried meanwhile serves nobody yet, and takes its place all the same.
+    most = case.model.replicas + case.seen.fleet.defaults.rollout.max_surge
+    count = min(case.model.replicas - ready - len(old), most - len(lasting))
     if count <= 0:
         return (), ()
     model, revision = case.fallback.model, case.fallback.revision

@@ -5,6 +5,7 @@ Heavy imports (HTTP, validation) stand in the commands that need them, so that `
 
 import json
 import os
+import pwd
 import re
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -26,12 +28,15 @@ if TYPE_CHECKING:
     from reconciler.observe import World
     from reconciler.plan import Plan
     from reconciler.spec import Fleet
+    from reconciler.state import Orders
 
 # Exit codes, docs/architecture.md: 0 done, 1 error, 2 changes, 4 something could not be observed.
 _EXIT_CHANGES = 2
 _EXIT_UNOBSERVED = 4
 # One line at least this often while waiting, so that nobody wonders.
 _HEARTBEAT_S = 10.0
+# Long enough for every drain, short enough that next month's mistake is caught again.
+_ALLOWED_S = 3600.0
 
 _INTERVAL = click.FloatRange(0.1, 3600)
 _INTERVAL_HELP = "Seconds between cycles."
@@ -41,7 +46,7 @@ _allow_destroy = click.option(
     "--allow-destroy",
     multiple=True,
     metavar="MODEL",
-    help="Let this model's serving replicas end, as its block is gone from the spec.",
+    help="Let this model's serving replicas end as the spec's edit would have it (for an hour).",
 )
 _state_dir = click.option(
     "--state-dir",
@@ -119,7 +124,9 @@ def plan(
     from reconciler.cycle import look
     from reconciler.render import plan_text
 
-    decided, _ = look(fleet, world, time.time(), frozenset(allow_destroy))
+    orders, at = _orders(fleet, state_dir), time.time()
+    allowed = orders.allow_destroy(at) | set(allow_destroy)
+    decided, _ = look(fleet, world, at, allowed, orders.pauses)
     _show(decided, plan_text, as_json)
     if detailed_exitcode and decided.actions and decided.observed:
         sys.exit(_EXIT_CHANGES)
@@ -136,7 +143,8 @@ def status(spec: Path, as_json: bool, state_dir: Path | None) -> None:
     from reconciler.cycle import look
     from reconciler.render import status_text
 
-    decided, _ = look(fleet, world, time.time())
+    orders, at = _orders(fleet, state_dir), time.time()
+    decided, _ = look(fleet, world, at, orders.allow_destroy(at), orders.pauses)
     _show(decided, status_text, as_json)
     _exit_unless_observed(decided)
 
@@ -161,20 +169,14 @@ def apply(
     """Run one cycle; with --wait, cycles until nothing is left to do or to wait for."""
     timeout_s = _seconds(timeout)
     fleet, world = _load(spec, state_dir)
-    from reconciler.cycle import cycle
     from reconciler.render import plan_text
 
+    if allow_destroy:
+        _allow(fleet, state_dir, allow_destroy)
     progress = _Progress(quiet=as_json)
     with world.store.locked():
         while True:
-            outcome = cycle(
-                fleet,
-                world,
-                at=time.time(),
-                commit=_commit(spec),
-                say=progress.say,
-                allow_destroy=frozenset(allow_destroy),
-            )
+            outcome = _cycle(fleet, world, spec, state_dir, progress)
             progress.show(outcome)
             if not wait or outcome.plan.converged or progress.elapsed_s >= timeout_s:
                 break
@@ -196,8 +198,6 @@ def run(spec: Path, state_dir: Path | None, interval: float) -> None:
     """Repeat the cycle until told to end (TERM or Ctrl-C); the spec is read anew each time."""
     fleet, world = _load(spec, state_dir)
     ours = fleet.fleet
-    from reconciler.cycle import cycle
-
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -212,15 +212,75 @@ def run(spec: Path, state_dir: Path | None, interval: float) -> None:
                     # Its jobs would be nobody's, and the lock is for the old name.
                     raise FleetError(f"the spec now names the fleet {fleet.fleet}, not {ours}")
                 world = replace(world, store=store)  # it holds the lock and the open file
-                outcome = cycle(
-                    fleet, world, at=time.time(), commit=_commit(spec), say=progress.say
-                )
+                outcome = _cycle(fleet, world, spec, state_dir, progress)
                 progress.show(outcome)
                 pause_s = _pause_s(outcome, interval)
             except FleetError as error:
                 # A checkout in progress or a full disk passes; the gateway serves meanwhile.
                 progress.say(f"nothing done in this cycle: {error}")
             stop.wait(pause_s)
+
+
+@main.command()
+@_spec
+@click.argument("model", required=False)
+@_state_dir
+@click.option("--until", metavar="TIME", help="90m, 12h, or 2026-11-30T18:00; default: resumed.")
+@click.option("--reason", required=True, help="Shown to everybody who looks.")
+def pause(
+    spec: Path, model: str | None, state_dir: Path | None, until: str | None, reason: str
+) -> None:
+    """Leave MODEL, or all of them, alone: nothing is submitted or ended, dead routes still go."""
+    from reconciler.spec import load_fleet
+    from reconciler.state import Pause
+
+    fleet = load_fleet(spec)
+    _check_model(fleet, model)
+    word = Pause(
+        model=model,
+        reason=" ".join(reason.split()),
+        by=_user(),
+        until=None if until is None else _moment(until),
+    )
+    _order(fleet, state_dir, lambda orders: replace(orders, pauses=(*orders.pauses, word)))
+    end = "until it is resumed" if until is None else f"until {until}"
+    click.echo(f"paused {model or 'every model'} of {fleet.fleet} {end}")
+
+
+@main.command()
+@_spec
+@click.argument("model", required=False)
+@_state_dir
+def resume(spec: Path, model: str | None, state_dir: Path | None) -> None:
+    """Take back a pause of MODEL; without one, every pause."""
+    from reconciler.spec import load_fleet
+
+    fleet = load_fleet(spec)
+
+    def edit(orders: "Orders") -> "Orders":
+        left = tuple(one for one in orders.pauses if model not in (None, one.model))
+        if left == orders.pauses:
+            raise FleetError(f"nothing is paused of {model or fleet.fleet}")
+        return replace(orders, pauses=left)
+
+    left = _order(fleet, state_dir, edit).pauses
+    still = " (every model is still paused)" if any(one.model is None for one in left) else ""
+    click.echo(f"resumed {model or 'every model'} of {fleet.fleet}{still}")
+
+
+@main.command()
+@_spec
+@click.argument("models", nargs=-1, required=True)
+@_state_dir
+def allow_destroy(spec: Path, models: tuple[str, ...], state_dir: Path | None) -> None:
+    """Let the serving replicas of MODELS end as the spec's edit would have it, for an hour.
+
+    For a `fleet run` that is at work; `apply --allow-destroy` says the same and does it.
+    """
+    from reconciler.spec import load_fleet
+
+    _allow(load_fleet(spec), state_dir, models)
+    click.echo(f"allowed for an hour: {', '.join(models)}")
 
 
 @main.command()
@@ -251,7 +311,8 @@ def explain(spec: Path, name: str, as_json: bool, state_dir: Path | None) -> Non
     from reconciler.errors import StateFailed
     from reconciler.render import explain_text, explanation
 
-    decided, _ = look(fleet, world, time.time())
+    orders, at = _orders(fleet, state_dir), time.time()
+    decided, _ = look(fleet, world, at, orders.allow_destroy(at), orders.pauses)
     try:
         events = read_events(_state_folder(fleet, state_dir)) or []
     except StateFailed as error:
@@ -317,6 +378,66 @@ def _load(spec: Path, state_dir: Path | None) -> "tuple[Fleet, World]":
         images=ImageFolder(),
         store=SqliteStore(_state_folder(fleet, state_dir), _warn),
     )
+
+
+def _cycle(
+    fleet: "Fleet", world: "World", spec: Path, state_dir: Path | None, progress: "_Progress"
+) -> "Outcome":
+    from reconciler.cycle import cycle
+
+    orders, at = _orders(fleet, state_dir), time.time()
+    return cycle(
+        fleet,
+        world,
+        at=at,
+        commit=_commit(spec),
+        say=progress.say,
+        allow_destroy=orders.allow_destroy(at),
+        pauses=orders.pauses,
+    )
+
+
+def _orders(fleet: "Fleet", state_dir: Path | None) -> "Orders":
+    from reconciler.adapters.orders import read_orders
+
+    return read_orders(_state_folder(fleet, state_dir))
+
+
+def _order(fleet: "Fleet", state_dir: Path | None, edit: "Callable[[Orders], Orders]") -> "Orders":
+    from reconciler.adapters.orders import change_orders
+
+    now = time.time()
+    return change_orders(_state_folder(fleet, state_dir), lambda had: edit(had.current(now)))
+
+
+def _allow(fleet: "Fleet", state_dir: Path | None, models: tuple[str, ...]) -> None:
+    until = time.time() + _ALLOWED_S
+    words = dict.fromkeys(models, until)
+    _order(fleet, state_dir, lambda orders: replace(orders, allowed={**orders.allowed, **words}))
+
+
+def _check_model(fleet: "Fleet", name: str | None) -> None:
+    if name is not None and fleet.model(name) is None:
+        models = ", ".join(model.name for model in fleet.models)
+        raise FleetError(f'no model "{name}" in the spec; the models are {models}')
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return f"user {os.getuid()}"
+
+
+def _moment(text: str) -> float:
+    """Return the time (epoch seconds) of `2h` from now, or of an ISO time, which is local."""
+    try:
+        moment = datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        moment = time.time() + _seconds(text)
+    if moment <= time.time():
+        raise click.BadParameter(f"{text} is over")
+    return moment
 
 
 def _state_folder(fleet: "Fleet", state_dir: Path | None) -> Path:

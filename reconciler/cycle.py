@@ -1,6 +1,6 @@
 """One cycle: look, remember, plan, act."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from reconciler.adapters.ports import ImagePin
@@ -11,7 +11,7 @@ from reconciler.observe import World, observe
 from reconciler.plan import Plan
 from reconciler.planner import plan
 from reconciler.spec import Fleet
-from reconciler.state import Recipe
+from reconciler.state import Pause, Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,12 +23,16 @@ class Outcome:
 
 
 def look(
-    fleet: Fleet, world: World, at: float, allow_destroy: frozenset[str] = frozenset()
+    fleet: Fleet,
+    world: World,
+    at: float,
+    allow_destroy: frozenset[str] = frozenset(),
+    pauses: Sequence[Pause] = (),
 ) -> tuple[Plan, Mapping[str, ImagePin]]:
     """Return the plan for the world as it is now; nothing is changed, nothing is remembered."""
     observation, pins = observe(fleet, world, at)
     memory = learn(world.store.load(), observation)
-    return plan(fleet, observation, memory, allow_destroy), pins
+    return plan(fleet, observation, memory, allow_destroy, pauses), pins
 
 
 def recipes(fleet: Fleet, pins: Mapping[str, ImagePin], commit: str | None) -> Iterator[Recipe]:
@@ -48,11 +52,12 @@ def cycle(
     commit: str | None,
     say: Say,
     allow_destroy: frozenset[str] = frozenset(),
+    pauses: Sequence[Pause] = (),
 ) -> Outcome:
     """Run one cycle at the time `at` (epoch seconds). The caller holds the lock."""
     observation, pins = observe(fleet, world, at)
     memory = learn(world.store.load(), observation)
-    decided = plan(fleet, observation, memory, allow_destroy)
+    decided = plan(fleet, observation, memory, allow_destroy, pauses)
     ours = list(recipes(fleet, pins, commit))
     memory = remember(memory, decided, ours)
     errors = []

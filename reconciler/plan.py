@@ -33,6 +33,7 @@ class NoteKind(StrEnum):
     UNKNOWN_STATE = "unknown state"
     IMAGE_UNKNOWN = "image unknown"
     SUSPENDED = "suspended"
+    PAUSED = "paused"
     BACKOFF = "backoff"
     HALTED = "halted"
     QUARANTINE = "quarantine"
@@ -198,7 +199,8 @@ class Plan:
     @property
     def converged(self) -> bool:
         """Whether there is nothing to do and nothing to wait for."""
-        alone = {note.subject for note in self.notes if note.kind is NoteKind.SUSPENDED}
+        left_alone = (NoteKind.SUSPENDED, NoteKind.PAUSED)
+        alone = {note.subject for note in self.notes if note.kind in left_alone}
         settled = all(view.ready == view.wanted for view in self.models if view.name not in alone)
         extra = any(
             not view.current or view.status is not Status.READY or not view.routed

@@ -259,6 +259,9 @@ class Fleet(Strict):
     images: dict[Label, Image]
     gateway: Gateway
     defaults: Defaults = Defaults()
+    blast_radius: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="the share of ready replicas that fewer `replicas` may end unasked"
+    )
     models: Annotated[tuple[Model, ...], Field(strict=False)]
 
     def model(self, name: str) -> Model | None:

@@ -163,6 +163,39 @@ class Observation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pause:
+    """Somebody's word, outside of git, that a model or all of them are to be left alone."""
+
+    model: str | None  # None: all
+    reason: str
+    by: str
+    until: float | None = None  # None: until it is taken back
+
+    def holds(self, model: str, at: float) -> bool:
+        """Whether it is about this model, now."""
+        return self.model in (None, model) and (self.until is None or at < self.until)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Orders:
+    """What people have said outside of git, each word until a time (epoch seconds)."""
+
+    pauses: tuple[Pause, ...] = ()
+    allowed: Mapping[str, float] = field(default_factory=dict)  # model -> see allow_destroy
+
+    def allow_destroy(self, at: float) -> frozenset[str]:
+        """Return the models whose serving replicas an edit of the spec may end now."""
+        return frozenset(model for model, until in self.allowed.items() if at < until)
+
+    def current(self, at: float) -> "Orders":
+        """Return what still holds."""
+        return Orders(
+            pauses=tuple(pause for pause in self.pauses if pause.until is None or at < pause.until),
+            allowed={model: until for model, until in self.allowed.items() if at < until},
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DrainClock:
     """Since when a leaving replica is off the gateways, and since when it has had no request."""
 

@@ -5,7 +5,7 @@ gaps, duplicates, not in the spec, stale, unhealthy, surplus, missing, routes, a
 leaving replica's next step is.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from reconciler.memory import CONFIRM_S, unconfirmed
 from reconciler.plan import (
@@ -21,12 +21,13 @@ from reconciler.plan import (
     Submit,
 )
 from reconciler.planner.drain import next_steps
-from reconciler.planner.model import Part, decide, not_in_spec
+from reconciler.planner.guard import not_in_spec, within_blast_radius
+from reconciler.planner.model import Part, decide
 from reconciler.planner.seen import Seen
 from reconciler.planner.views import observation_notes, replica_view
 from reconciler.routes import render_gateway
 from reconciler.spec import Fleet
-from reconciler.state import JobKey, Memory, Observation, Target
+from reconciler.state import JobKey, Memory, Observation, Pause, Target
 
 __all__ = ["plan"]
 
@@ -36,19 +37,21 @@ def plan(
     observation: Observation,
     memory: Memory,
     allow_destroy: frozenset[str] = frozenset(),
+    pauses: Sequence[Pause] = (),
 ) -> Plan:
     """Return what to do now. Same input, same plan.
 
-    `allow_destroy` names the models whose serving replicas may end because their block is gone.
+    `allow_destroy` names the models whose serving replicas may end because the spec's edit takes
+    away their block, or more than its blast radius. `pauses` name what is to be left alone.
     Without a job listing that can be trusted the plan is empty but for its notes: unknown is never
     taken for absent.
     """
     blind = _gaps(observation, memory)
     if blind:
         return _empty_plan(fleet, observation, blind)
-    seen = Seen(fleet, observation, memory)
+    seen = Seen(fleet, observation, memory, pauses)
     parts = [decide(model, seen) for model in fleet.models]
-    parts.append(not_in_spec(seen, allow_destroy))
+    parts = [*within_blast_radius(parts, seen, allow_destroy), not_in_spec(seen, allow_destroy)]
     leaving = {job.key: reason for part in parts for job, reason in part.leaving}
     submits, budget_notes = _within_budget(fleet, seen, parts)
     targets = _targets(seen, leaving)

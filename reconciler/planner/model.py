@@ -13,7 +13,7 @@ from reconciler.plan import (
     Status,
     Submit,
 )
-from reconciler.planner.seen import Seen, drain_has_begun, progress, serves
+from reconciler.planner.seen import Seen, progress, serves
 from reconciler.planner.views import model_view
 from reconciler.rollover import MARGIN_S, last_moment, staggered
 from reconciler.spec import Model, parse_duration
@@ -44,9 +44,9 @@ def decide(model: Model, seen: Seen) -> Part:
         text = seen.observation.image_errors.get(unknown[0], "its image can't be read")
         note = Note(kind=NoteKind.IMAGE_UNKNOWN, subject=model.name, text=text)
         return Part(notes=(note,), view=model_view(model, seen))
-    if model.suspend:
-        note = Note(kind=NoteKind.SUSPENDED, subject=model.name, text="left alone by its spec")
-        return Part(notes=(note,), view=model_view(model, seen))
+    alone = left_alone(model.name, model.suspend, seen)
+    if alone is not None:
+        return Part(notes=(alone,), view=model_view(model, seen))
     parts = [_decide(case) for case in _cases(model, seen)]
     return Part(
         leaving=tuple(pair for part in parts for pair in part.leaving),
@@ -54,6 +54,17 @@ def decide(model: Model, seen: Seen) -> Part:
         notes=tuple(note for part in parts for note in part.notes),
         view=model_view(model, seen),
     )
+
+
+def left_alone(model: str, suspended: bool, seen: Seen) -> Note | None:
+    """Return why nothing of a model is submitted or ended now, None if it may be."""
+    if suspended:
+        return Note(kind=NoteKind.SUSPENDED, subject=model, text="left alone by its spec")
+    pause = seen.pause(model)
+    if pause is None:
+        return None
+    text = f"paused by {pause.by}: {pause.reason}"
+    return Note(kind=NoteKind.PAUSED, subject=model, text=text, until=pause.until)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -346,35 +357,3 @@ def _walltime_s(model: Model, ordinal: int, seen: Seen) -> int:
     floor_s = fleet.startup_timeout_s(model) + fleet.drain_timeout_s(model) + round(MARGIN_S)
     walltime_s = parse_duration(fleet.slurm_for(model).walltime)
     return min(walltime_s, staggered(walltime_s, ordinal, floor_s=floor_s))
-
-
-def not_in_spec(seen: Seen, allow_destroy: frozenset[str]) -> Part:
-    """Let go of jobs whose model is gone from the spec; serving ones only when told by name."""
-    known = {model.name for model in seen.fleet.models}
-    gone = [
-        job
-        for job in seen.live
-        if job.name.model not in known and seen.status(job) not in (Status.ENDING, Status.UNKNOWN)
-    ]
-    guarded = {job.name.model for job in gone if _is_guarded(job, seen)} - allow_destroy
-    notes = [
-        Note(
-            kind=NoteKind.GUARD,
-            subject=name,
-            text=f"gone from the spec, and it serves or is protected; "
-            f"to end it: apply --allow-destroy {name}",
-        )
-        for name in sorted(guarded)
-    ]
-    free = (job for job in gone if job.name.model not in guarded or drain_has_begun(job, seen))
-    return Part(
-        leaving=tuple((job, Reason.NOT_IN_SPEC) for job in free),
-        notes=tuple(notes),
-    )
-
-
-def _is_guarded(job: Job, seen: Seen) -> bool:
-    if drain_has_begun(job, seen):
-        return False
-    protected = job.comment is not None and job.comment.protect
-    return protected or seen.status(job) is Status.READY or job.key in seen.routed

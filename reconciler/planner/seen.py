@@ -15,6 +15,7 @@ from reconciler.state import (
     JobKey,
     Memory,
     Observation,
+    Pause,
     Phase,
     Probe,
     Recipe,
@@ -30,8 +31,11 @@ HUNG_S = 120.0
 class Seen:
     """The observation, classified once. Read-only after construction."""
 
-    def __init__(self, fleet: Fleet, observation: Observation, memory: Memory) -> None:
+    def __init__(
+        self, fleet: Fleet, observation: Observation, memory: Memory, pauses: Sequence[Pause] = ()
+    ) -> None:
         self.fleet = fleet
+        self.pauses = pauses
         self.observation = observation
         self.memory = memory
         self.at = observation.at
@@ -104,6 +108,10 @@ class Seen:
         if job.ends_at is None or job.phase is not Phase.RUNNING:
             return False
         return self.at >= last_moment(job.ends_at, self.fleet.drain_timeout_s(model))
+
+    def pause(self, model: str) -> Pause | None:
+        """Return what has a model left alone now; the latest word if there are several."""
+        return next((p for p in reversed(self.pauses) if p.holds(model, self.at)), None)
 
     def clock(self, job: Job) -> DrainClock:
         return self.memory.drains.get(job.key) or DrainClock(since=self.at)

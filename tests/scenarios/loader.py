@@ -9,10 +9,11 @@
      "gateways": [GATEWAY, ...],    by default each host of the spec, with the default routes
      "image_errors": {"engine": "why its digest is not known"},
      "memory": MEMORY,              of the cycle before; by default nothing
-     "allow_destroy": ["model"]}
+     "allow_destroy": ["model"],
+     "pauses": [{"model": "chat", "reason": "why", "by": "who", "until": "+2h"}]}
 
     JOB: {"id": 11, "model": "chat", "ordinal": 0,
-          "revision": "current",    or "old", or eight hex digits
+          "revision": "current",    or "old", "canary", "kept" (see MEMORY), or eight hex digits
           "state": "RUNNING", "reason": "None", "node": "node1", "gpus": 2, "exit_status": null,
           "submitted": "-1h", "started": "-1h", "ends": "+20h", "restarts": 0,
           "published": true,        the job has written its address ("run_node": on another node)
@@ -33,6 +34,7 @@
                                    "recent": [{"node": "node1", "cause": "out of memory",
                                                "at": "-5s"}]}},   of the current revision
              "leads": {"chat": [300]}, "progress": {"11": {"tokens": 5, "since": "-3m"}},
+             "kept": {"chat": {"seed": 1}},   the arguments of the revision that was ready last
              "emptied": "-2s"}
 
 Everything but `about` has a default. A time is `-5m` or `+2h` from the look, in s, m, h or d.
@@ -40,7 +42,7 @@ Everything but `about` has a default. A time is `-5m` or `+2h` from the look, in
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -63,8 +65,10 @@ from reconciler.state import (
     JobKey,
     Memory,
     Observation,
+    Pause,
     Probe,
     Progress,
+    Recipe,
     Target,
 )
 
@@ -88,6 +92,7 @@ class Scenario:
     observation: Observation
     memory: Memory
     allow_destroy: frozenset[str]
+    pauses: tuple[Pause, ...]
 
     @property
     def expected(self) -> Path:
@@ -96,7 +101,7 @@ class Scenario:
     def plan(self) -> Plan:
         """Return what a cycle decides: it learns from the look first."""
         memory = learn(self.memory, self.observation)
-        return plan(self.fleet, self.observation, memory, self.allow_destroy)
+        return plan(self.fleet, self.observation, memory, self.allow_destroy, self.pauses)
 
     def text(self) -> str:
         """Return what `fleet plan` prints."""
@@ -115,11 +120,13 @@ def load(folder: Path) -> Scenario:
     known(
         record,
         *("about", "jobs", "jobs_error", "odd_lines", "nodes", "gateways", "image_errors"),
-        *("memory", "allow_destroy"),
+        *("memory", "allow_destroy", "pauses"),
     )
+    memory = record.get("memory", {})
+    kept = {name: _recipe(fleet, name, args) for name, args in memory.get("kept", {}).items()}
     listed = record.get("jobs", [])
     submitted = {item["id"]: int(_moment(item.get("submitted", "-1h"))) for item in listed or ()}
-    jobs = tuple(_job(fleet, item, submitted) for item in listed or ())
+    jobs = tuple(_job(fleet, kept, item, submitted) for item in listed or ())
     probes = {
         job.key: _probe(item.get("probe", "ready"))
         for job, item in zip(jobs, listed or (), strict=True)
@@ -141,8 +148,9 @@ def load(folder: Path) -> Scenario:
             image_digests={name: DIGEST for name in fleet.images if name not in errors},
             image_errors=errors,
         ),
-        memory=_memory(fleet, jobs, record.get("memory", {})),
+        memory=replace(_memory(fleet, jobs, memory), kept=kept),
         allow_destroy=frozenset(record.get("allow_destroy", ())),
+        pauses=tuple(_pause(one) for one in record.get("pauses", ())),
     )
 
 
@@ -172,7 +180,26 @@ def _revision(fleet: Fleet, model: str) -> str:
     return OLD if found is None else found.revision(DIGEST)
 
 
-def _job(fleet: Fleet, record: Record, submitted: Mapping[int, int]) -> Job:
+def _recipe(fleet: Fleet, name: str, args: Record) -> Recipe:
+    model = fleet.model(name)
+    assert model is not None
+    model = model.model_copy(update={"args": args})
+    return Recipe.of(fleet, model, digest=DIGEST, program="/opt/vllm", commit=None)
+
+
+def _pause(record: Record) -> Pause:
+    known(record, "model", "reason", "by", "until")
+    return Pause(
+        model=record.get("model"),
+        reason=record["reason"],
+        by=record["by"],
+        until=moment(record.get("until")),
+    )
+
+
+def _job(
+    fleet: Fleet, kept: Mapping[str, Recipe], record: Record, submitted: Mapping[int, int]
+) -> Job:
     known(
         record,
         *("id", "model", "ordinal", "revision", "state", "reason", "node", "gpus", "exit_status"),
@@ -181,6 +208,11 @@ def _job(fleet: Fleet, record: Record, submitted: Mapping[int, int]) -> Job:
     )
     model = record.get("model", "chat")
     words = {"current": _revision(fleet, model), "old": OLD}
+    if model in kept:
+        words["kept"] = kept[model].revision
+    wanted = fleet.model(model)
+    if wanted is not None:
+        words["canary"] = wanted.variants[-1].revision(DIGEST)
     revision: str = record.get("revision", "current")
     state = record.get("state", "RUNNING")
     waiting = state == "PENDING"
@@ -287,7 +319,7 @@ def _gone(record: Record) -> Target:
 
 
 def _memory(fleet: Fleet, jobs: tuple[Job, ...], record: Record) -> Memory:
-    known(record, "misses", "drains", "failures", "leads", "progress", "emptied")
+    known(record, "misses", "drains", "failures", "leads", "progress", "kept", "emptied")
     by_id = {str(job.id): job.key for job in jobs}
 
     def key(id: str) -> JobKey:

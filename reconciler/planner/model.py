@@ -79,7 +79,13 @@ class _Case:
     # replicas reach their walltime too, and nothing else serves.
     fallback: Recipe | None
     taken: frozenset[int]  # ordinals of all live jobs of the model
+    canary: bool
     seen: Seen
+
+    @property
+    def max_unavailable(self) -> int:
+        """How many may be missing for a while; the model itself has spent that for its canary."""
+        return 0 if self.canary else self.seen.fleet.defaults.rollout.max_unavailable
 
     def is_current(self, job: Job) -> bool:
         return job.name.revision == self.revision
@@ -98,37 +104,29 @@ def _cases(model: Model, seen: Seen) -> Iterator[_Case]:
     """Yield the model itself, which answers for every stale job too, and then its canary."""
     jobs = seen.jobs_of(model.name)
     taken = frozenset(job.name.ordinal for job in jobs)
-    (plain, revision), *canaries = seen.variants[model.name]
-    apart = {canary_revision for _, canary_revision in canaries}
-    rest = [job for job in jobs if job.name.revision not in apart]
-    fallback = seen.fallback(model, revision or "")
-    yield _case(plain, revision or "", rest, fallback, taken, seen)
-    for canary, canary_revision in canaries:
-        own = [job for job in jobs if job.name.revision == canary_revision]
-        yield _case(canary, canary_revision or "", own, None, taken, seen)
-
-
-def _case(
-    model: Model,
-    revision: str,
-    jobs: Sequence[Job],
-    fallback: Recipe | None,
-    taken: frozenset[int],
-    seen: Seen,
-) -> _Case:
-    kept_alive = [revision] if fallback is None else [revision, fallback.revision]
-    expiring = [
-        seen.due(model, [job for job in jobs if job.name.revision == one]) for one in kept_alive
-    ]
-    return _Case(
-        model=model,
-        revision=revision,
-        jobs=jobs,
-        expiring=frozenset[JobKey]().union(*expiring),
-        fallback=fallback,
-        taken=taken,
-        seen=seen,
-    )
+    canaries = {revision for _, revision in seen.variants[model.name][1:]}
+    for at, (variant, wanted) in enumerate(seen.variants[model.name]):
+        revision = wanted or ""
+        fallback = seen.fallback(model, revision) if at == 0 else None
+        if at == 0:
+            own = [job for job in jobs if job.name.revision not in canaries]
+        else:
+            own = [job for job in jobs if job.name.revision == revision]
+        kept_alive = {revision} if fallback is None else {revision, fallback.revision}
+        expiring = [
+            seen.due(variant, [job for job in own if job.name.revision == one])
+            for one in sorted(kept_alive)
+        ]
+        yield _Case(
+            model=variant,
+            revision=revision,
+            jobs=own,
+            expiring=frozenset[JobKey]().union(*expiring),
+            fallback=fallback,
+            taken=taken,
+            canary=at > 0,
+            seen=seen,
+        )
 
 
 def _decide(case: _Case) -> Part:
@@ -228,7 +226,7 @@ def _outgoing_to_leave(case: _Case, current: Sequence[Job], outgoing: Sequence[J
     silent = [job for job in outgoing if seen.status(job) is Status.SILENT]
     idle = [job for job in outgoing if seen.status(job) not in (Status.READY, Status.SILENT)]
     ready = len(serving) + case.ready(current)
-    spare = ready - (case.model.replicas - seen.fleet.defaults.rollout.max_unavailable)
+    spare = ready - (case.model.replicas - case.max_unavailable)
     if spare < 0:
         return idle
     return idle + silent + sorted(serving, key=lambda job: _victim_order(job, seen))[:spare]

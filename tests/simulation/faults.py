@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from tests.simulation.cluster import FLEET, USER, SimJob
 from tests.simulation.gateways import SimGateway
-from tests.simulation.specs import BAD, NAMES, Spec, Wanted
+from tests.simulation.specs import BAD, CANARY, NAMES, Spec, Wanted
 from tests.simulation.world import SimWorld
 
 T = TypeVar("T")
@@ -335,7 +335,7 @@ def _edit(change: Callable[[Wanted, int], None]) -> Edit:
 
 def _fits(spec: Spec) -> bool:
     """Whether an edit passes validation, and leaves room in the budget to surge in."""
-    most = sum(wanted.replicas * wanted.gpus for wanted in spec.models.values())
+    most = sum(wanted.most * wanted.gpus for wanted in spec.models.values())
     room = 0 if spec.rollout["max_unavailable"] else max(w.gpus for w in spec.models.values())
     return most + room <= spec.budget and spec.commit()
 
@@ -364,6 +364,19 @@ def _fixed(wanted: Wanted, _amount: int) -> None:
 
 def _suspend(wanted: Wanted, _amount: int) -> None:
     wanted.suspend = not wanted.suspend
+
+
+def _pause(wanted: Wanted, _amount: int) -> None:
+    wanted.paused = not wanted.paused
+
+
+def _canary(wanted: Wanted, _amount: int) -> None:
+    wanted.canary = not wanted.canary
+
+
+def _promote(wanted: Wanted, _amount: int) -> None:
+    if wanted.canary:
+        wanted.version, wanted.canary = wanted.version + CANARY, False
 
 
 def _gpus(wanted: Wanted, amount: int) -> None:
@@ -433,6 +446,9 @@ EDITS: dict[str, Edit] = {
     "edit_bad_release": _edit(_bad_release),
     "edit_fixed": _edit(_fixed),
     "edit_suspend": _edit(_suspend),
+    "edit_pause": _edit(_pause),
+    "edit_canary": _edit(_canary),
+    "edit_promote": _edit(_promote),
     "edit_gpus": _edit(_gpus),
     "edit_adds_model": _model_added,
     "edit_removes_model": _model_removed,

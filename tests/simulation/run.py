@@ -162,6 +162,7 @@ class Simulation:
                     commit=None,
                     say=self._tell,
                     allow_destroy=self.spec.allow_destroy,
+                    pauses=self.spec.pauses,
                 )
             for error in outcome.errors:
                 self._tell(f"failed: {error}")
@@ -227,10 +228,10 @@ class Simulation:
                 _heal_job(job)
                 cluster.publish(job)
         for wanted in self.spec.models.values():
-            wanted.suspend = False
+            wanted.suspend = wanted.paused = False
             wanted.behaviour = "good"
         self.spec.walltime = "8:00:00"
-        self.spec.allow_destroy = frozenset(NAMES) - self.spec.models.keys()
+        self.spec.allow_destroy = frozenset(NAMES)
         if not self.spec.commit():
             raise AssertionError("the healed spec is refused")
         cluster.kick()
@@ -296,7 +297,7 @@ class Simulation:
             return "no plan at all"
         if not plan.converged:
             return _difference(plan)
-        wanted = sum(model.replicas for model in self.spec.fleet.models)
+        wanted = sum(one.most for one in self.spec.models.values())
         ours = [job for job in self.world.cluster.ours if job.state != "COMPLETING"]
         sick = [job.name for job in ours if not job.serves]
         if sick:

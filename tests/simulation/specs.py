@@ -5,8 +5,11 @@ from random import Random
 from typing import Any
 
 from reconciler.spec import Fleet, impossibilities
+from reconciler.state import Pause
 from tests.simulation.cluster import FLEET
 
+# Beyond any other edit, so that a canary's revision is nobody else's until it is promoted.
+CANARY = 1_000_000
 NAMES = ("alpha", "beta", "gamma", "delta")
 BAD = ("crash", "oom", "hang", "sick", "arguments", "weights", "image", "rejected")
 
@@ -21,6 +24,13 @@ class Wanted:
     version: int = 0  # any change of it is a new revision
     behaviour: str = "good"
     suspend: bool = False
+    paused: bool = False
+    canary: bool = False
+
+    @property
+    def most(self) -> int:
+        """How many replicas are wanted, with the canary's."""
+        return self.replicas + self.canary
 
 
 @dataclass(slots=True)
@@ -41,6 +51,15 @@ class Spec:
         if self._built is None:
             self._built = Fleet.model_validate(self._record())
         return self._built
+
+    @property
+    def pauses(self) -> tuple[Pause, ...]:
+        """What somebody has paused."""
+        return tuple(
+            Pause(model=name, reason="an exercise", by="somebody")
+            for name, wanted in self.models.items()
+            if wanted.paused
+        )
 
     def commit(self) -> bool:
         """Take an edit into use. Returns False if the spec would be refused."""
@@ -76,6 +95,7 @@ def _model(name: str, wanted: Wanted) -> dict[str, Any]:
         "resources": {"gpus": wanted.gpus, "cpus": 4, "memory": "16G"},
         "replicas": wanted.replicas,
         "suspend": wanted.suspend,
+        "canary": {"args": {"seed": wanted.version + CANARY}} if wanted.canary else None,
     }
 
 

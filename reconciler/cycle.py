@@ -30,8 +30,9 @@ def look(
     pauses: Sequence[Pause] = (),
 ) -> tuple[Plan, Mapping[str, ImagePin]]:
     """Return the plan for the world as it is now; nothing is changed, nothing is remembered."""
-    observation, pins = observe(fleet, world, at)
-    memory = learn(world.store.load(), observation)
+    memory = world.store.load()
+    observation, pins = observe(fleet, world, at, memory)
+    memory = learn(memory, observation)
     return plan(fleet, observation, memory, allow_destroy, pauses), pins
 
 
@@ -55,8 +56,9 @@ def cycle(
     pauses: Sequence[Pause] = (),
 ) -> Outcome:
     """Run one cycle at the time `at` (epoch seconds). The caller holds the lock."""
-    observation, pins = observe(fleet, world, at)
-    memory = learn(world.store.load(), observation)
+    memory = world.store.load()
+    observation, pins = observe(fleet, world, at, memory)
+    memory = learn(memory, observation)
     decided = plan(fleet, observation, memory, allow_destroy, pauses)
     ours = list(recipes(fleet, pins, commit))
     memory = remember(memory, decided, ours)

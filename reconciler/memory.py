@@ -12,6 +12,7 @@ from reconciler.state import (
     Health,
     Job,
     JobKey,
+    Maintenances,
     Memory,
     Observation,
     Phase,
@@ -23,6 +24,9 @@ from reconciler.state import (
 LEADS_KEPT = 20
 # A listing that has lost every known job at once must still say so this much later.
 CONFIRM_S = 5.0
+# Reservations change seldom, and the question takes the place of the one for the nodes' states.
+MAINTENANCES_S = 60.0
+FORGET_MAINTENANCES_S = 600.0
 # What a replica was told to end for, and is its revision's failure all the same.
 _FAULTS = {Reason.STARTUP_TIMEOUT: Cause.STARTUP, Reason.UNHEALTHY: Cause.UNHEALTHY}
 _BLIND = frozenset({NoteKind.NO_LISTING, NoteKind.SUSPICIOUS_LISTING})
@@ -46,6 +50,7 @@ def learn(memory: Memory, observation: Observation) -> Memory:
         leads=_leads(memory, observation),
         led=_led(memory, observation),
         progress=_progress(memory, observation),
+        maintenances=_maintenances(memory, observation),
     )
 
 
@@ -111,6 +116,23 @@ def _not_after(memory: Memory, at: float) -> Memory:
         },
         emptied_at=past(memory.emptied_at),
     )
+
+
+def must_ask_maintenances(memory: Memory, jobs: Iterable[Job], at: float) -> bool:
+    """Whether Slurm must be asked for its reservations: a job waits for one, and it is long ago."""
+    known = memory.maintenances
+    due = known is None or not 0 <= at - known.asked_at < MAINTENANCES_S
+    return due and any(job.waits_for_reservation for job in jobs)
+
+
+def _maintenances(memory: Memory, observation: Observation) -> Maintenances | None:
+    """Return what is known of maintenances; what was asked long ago may have changed since."""
+    if observation.maintenances is not None:
+        return Maintenances(asked_at=observation.at, begin=observation.maintenances)
+    known = memory.maintenances
+    if known is None or not 0 <= observation.at - known.asked_at < FORGET_MAINTENANCES_S:
+        return None
+    return known
 
 
 def _misses(memory: Memory, observation: Observation) -> Mapping[JobKey, int]:

@@ -1,12 +1,16 @@
 """One look at the world: each adapter is asked once; what can't be read is recorded as unknown."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from reconciler.adapters.ports import Engines, Gateways, ImagePin, Images, Slurm, Store
 from reconciler.errors import SlurmUnavailable
+from reconciler.memory import must_ask_maintenances
 from reconciler.spec import Fleet
-from reconciler.state import GatewayView, Job, JobKey, Observation, Probe
+from reconciler.state import GatewayView, Job, JobKey, Memory, Observation, Probe
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +24,9 @@ class World:
     store: Store
 
 
-def observe(fleet: Fleet, world: World, at: float) -> tuple[Observation, Mapping[str, ImagePin]]:
+def observe(
+    fleet: Fleet, world: World, at: float, memory: Memory
+) -> tuple[Observation, Mapping[str, ImagePin]]:
     """Return what is seen now, and the images' pins. Unknown is never taken for absent."""
     gateways = world.gateways.look()
     pins, image_errors = world.images.pins(fleet)
@@ -32,13 +38,16 @@ def observe(fleet: Fleet, world: World, at: float) -> tuple[Observation, Mapping
         jobs, odd_lines = listing.jobs, listing.odd_lines
     except SlurmUnavailable as error:
         jobs_error = str(error)
+    # Two questions here, and one before anything is ended: three to Slurm in a cycle.
+    must_ask = must_ask_maintenances(memory, jobs or (), at)
     probes: Mapping[JobKey, Probe] = world.engines.probe(jobs or (), _proven(jobs, gateways))
     return Observation(
         at=at,
         jobs=jobs,
         jobs_error=jobs_error,
         odd_lines=odd_lines,
-        nodes=_nodes(world) if jobs else None,
+        nodes=_known(world.slurm.nodes) if jobs and not must_ask else None,
+        maintenances=_known(lambda: tuple(world.slurm.maintenances())) if must_ask else None,
         probes=probes,
         gateways=gateways,
         image_digests={name: pin.digest for name, pin in pins.items()},
@@ -54,8 +63,9 @@ def _proven(jobs: Iterable[Job] | None, gateways: Iterable[GatewayView]) -> Iter
             yield job.key
 
 
-def _nodes(world: World) -> Mapping[str, str] | None:
+def _known(ask: Callable[[], T]) -> T | None:
+    """Return Slurm's answer, or None: to know no node's state, and no maintenance, is cautious."""
     try:
-        return world.slurm.nodes()
+        return ask()
     except SlurmUnavailable:
-        return None  # without it no node counts as down, which is the cautious way
+        return None

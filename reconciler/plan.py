@@ -22,6 +22,7 @@ class Reason(StrEnum):
     STARTUP_TIMEOUT = "startup timeout"
     SURPLUS = "surplus"
     EXPIRING = "expiring"
+    MAINTENANCE = "maintenance"
 
 
 class NoteKind(StrEnum):

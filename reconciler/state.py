@@ -1,5 +1,6 @@
 """What was seen (Observation) and what is remembered between cycles (Memory); frozen values."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -50,6 +51,10 @@ PHASES: Mapping[str, Phase] = {
     ),
 }
 
+# Seen on 24.11: "ReqNodeNotAvail, Reserved for maintenance", and "ReqNodeNotAvail, May be reserved
+# for other job" where only some nodes are.
+_RESERVED = re.compile(r"ReqNodeNotAvail,.*reserved", re.IGNORECASE)
+
 # Not Slurm's: the state of a job whose line could not be read, so of Phase.UNKNOWN.
 UNREADABLE = "UNREADABLE"
 
@@ -84,10 +89,16 @@ class Job:
     restarts: int
     comment: Comment | None  # None: unreadable, so nothing is known of its address
     exit_status: int | None = None  # of the batch script, once it has ended
+    limit_s: int | None = None  # its walltime; None where Slurm has none
 
     @property
     def key(self) -> JobKey:
         return (self.id, self.submitted_at)
+
+    @property
+    def waits_for_reservation(self) -> bool:
+        """Whether its walltime would reach into a reservation, by Slurm's word."""
+        return self.phase is Phase.PENDING and bool(_RESERVED.match(self.reason))
 
     @property
     def phase(self) -> Phase:
@@ -156,6 +167,7 @@ class Observation:
     jobs_error: str | None = None
     odd_lines: int = 0  # job lines that could not be read; each spoils only itself
     nodes: Mapping[str, str] | None = None  # Slurm's state words, lower case
+    maintenances: tuple[float, ...] | None = None  # when each begins; None: not asked
     probes: Mapping[JobKey, Probe] = field(default_factory=dict)
     gateways: tuple[GatewayView, ...] = ()
     image_digests: Mapping[str, str] = field(default_factory=dict)  # image -> digest
@@ -233,6 +245,14 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Maintenances:
+    """When reservations for maintenance begin, and when Slurm was asked."""
+
+    asked_at: float
+    begin: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """All that jobs of one revision are made of: enough for another one after the spec's edit."""
 
@@ -268,4 +288,5 @@ class Memory:
     led: frozenset[JobKey] = frozenset()  # whose lead time is among them
     progress: Mapping[JobKey, Progress] = field(default_factory=dict)
     kept: Mapping[str, Recipe] = field(default_factory=dict)  # model -> what was ready last
+    maintenances: Maintenances | None = None  # while jobs wait for one
     emptied_at: float | None = None  # first look at which all known jobs were gone at once

@@ -37,6 +37,9 @@ class Slurm(Protocol):
     def nodes(self) -> Mapping[str, str]:
         """Return each node's state word, lower case; a `*` at its end means it does not respond."""
 
+    def maintenances(self) -> Sequence[float]:
+        """Return when each reservation for maintenance begins (epoch seconds), past ones too."""
+
     def submit(self, script: str) -> int:
         """Submit and return the job's id. Raises SubmitRejected or SubmitUnknown."""
 

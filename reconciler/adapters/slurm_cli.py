@@ -15,6 +15,7 @@ from reconciler.adapters.ports import Listing
 from reconciler.errors import SlurmUnavailable, SubmitRejected, SubmitUnknown
 from reconciler.naming import ReplicaName, parse_comment, parse_name
 from reconciler.plan import JobRef
+from reconciler.spec import parse_duration
 from reconciler.state import UNREADABLE, Job
 
 # What Slurm's commands need of our environment. A token that lies in the rest must not reach a
@@ -25,7 +26,7 @@ _TIMEOUT_S = 20.0
 # squeue's names of the fields, in the order that `_job` takes them.
 _FIELDS = (
     *("JobID", "UserName", "State", "SubmitTime", "StartTime", "EndTime", "NodeList"),
-    *("Reason", "RestartCnt", "Name", "exit_code", "Comment"),
+    *("Reason", "RestartCnt", "Name", "exit_code", "TimeLimit", "Comment"),
 )
 
 # sbatch's words for "it may have been accepted" (slurm_errno.h; seen on 22.05 and 24.11).
@@ -38,7 +39,7 @@ _SUBMITTED = re.compile(r"^(\d+)(?:;\S*)?$", re.MULTILINE)
 
 
 class SlurmCli:
-    """The adapter for squeue, sinfo, sbatch and scancel."""
+    """The adapter for squeue, sinfo, scontrol, sbatch and scancel."""
 
     def __init__(self, *, timeout_s: float = _TIMEOUT_S) -> None:
         try:
@@ -57,6 +58,10 @@ class SlurmCli:
         output = self._query(["sinfo", "--noheader", "--Node", "--format=%N %T"])
         pairs = (line.split(None, 1) for line in output.splitlines())
         return {pair[0]: pair[1].strip().lower() for pair in pairs if len(pair) == 2}
+
+    def maintenances(self) -> Sequence[float]:
+        output = self._query(["scontrol", "show", "reservation", "--oneliner"])
+        return parse_reservations(output)
 
     def submit(self, script: str) -> int:
         try:
@@ -138,8 +143,20 @@ def parse_listing(output: str, *, mark: str, fleet: str, user: str) -> Listing:
     return Listing(jobs=tuple(jobs), odd_lines=odd_lines)
 
 
+def parse_reservations(output: str) -> Sequence[float]:
+    """Return the begin of each reservation with the flag MAINT, from `scontrol --oneliner`."""
+    begins = []
+    for line in output.splitlines():
+        fields = dict(word.partition("=")[::2] for word in line.split())
+        begin = _number(fields.get("StartTime", ""))
+        if begin is not None and "MAINT" in fields.get("Flags", "").split(","):
+            begins.append(float(begin))
+    return sorted(begins)
+
+
 def _job(record: Sequence[str], name: ReplicaName) -> Job:
-    job_id, _, state, submitted, started, ends, nodes, reason, restarts, _, status, comment = record
+    job_id, _, state, submitted, started, ends, nodes, reason, restarts, *more = record
+    _, status, limit, comment = more
     # The end of the record before stands in front of the first field.
     key, count = (_number(job_id.lstrip("\n")), _number(submitted)), _number(restarts)
     readable = bool(state) and None not in (*key, count)
@@ -155,7 +172,16 @@ def _job(record: Sequence[str], name: ReplicaName) -> Job:
         restarts=count or 0,
         comment=parse_comment(comment) if readable else None,
         exit_status=_exit_status(status),
+        limit_s=_seconds(limit),
     )
+
+
+def _seconds(text: str) -> int | None:
+    """Return a duration in seconds; UNLIMITED, INVALID, Partition_Limit and such are none."""
+    try:
+        return parse_duration(text)
+    except ValueError:
+        return None
 
 
 def _exit_status(text: str) -> int | None:

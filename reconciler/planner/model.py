@@ -170,6 +170,8 @@ def _leaving(case: _Case) -> list[tuple[Job, Reason]]:
     choose([job for job in current if _is_unhealthy(job, seen)], Reason.UNHEALTHY)
     starting = [*current, *returning]
     choose([job for job in starting if _is_late(model, job, seen)], Reason.STARTUP_TIMEOUT)
+    too_long = [job for job in starting if _fits_before_maintenance(model, job, seen)]
+    choose(too_long, Reason.MAINTENANCE)
     healthy = [job for job in current if job.key not in chosen]
     surplus = max(0, len(healthy) - model.replicas)
     choose(sorted(healthy, key=lambda job: _victim_order(job, seen))[:surplus], Reason.SURPLUS)
@@ -351,7 +353,26 @@ def _without_successor(expiring: Sequence[Job], jobs: Sequence[Job]) -> list[Job
 
 
 def _walltime_s(model: Model, ordinal: int, seen: Seen) -> int:
+    """Return the walltime of one replica's job; while Slurm holds jobs back, until maintenance."""
     fleet = seen.fleet
-    floor_s = fleet.startup_timeout_s(model) + fleet.drain_timeout_s(model) + round(MARGIN_S)
     walltime_s = parse_duration(fleet.slurm_for(model).walltime)
-    return min(walltime_s, staggered(walltime_s, ordinal, floor_s=floor_s))
+    floor_s = _floor_s(model, seen)
+    walltime_s = min(walltime_s, staggered(walltime_s, ordinal, floor_s=floor_s))
+    left_s = seen.before_maintenance_s()
+    if left_s is None or left_s < floor_s:
+        return walltime_s
+    return min(walltime_s, int(left_s))
+
+
+def _floor_s(model: Model, seen: Seen) -> int:
+    """Return the shortest walltime that is worth a start."""
+    startup_s, drain_s = seen.fleet.startup_timeout_s(model), seen.fleet.drain_timeout_s(model)
+    return startup_s + drain_s + round(MARGIN_S)
+
+
+def _fits_before_maintenance(model: Model, job: Job, seen: Seen) -> bool:
+    """Whether a job that waits for a maintenance to end could run before it, were it shorter."""
+    left_s = seen.before_maintenance_s()
+    if not job.waits_for_reservation or left_s is None or job.limit_s is None:
+        return False
+    return _floor_s(model, seen) <= left_s < job.limit_s

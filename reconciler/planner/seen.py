@@ -6,7 +6,7 @@ from reconciler.failures import quarantined
 from reconciler.plan import (
     Status,
 )
-from reconciler.rollover import due, last_moment
+from reconciler.rollover import MARGIN_S, due, last_moment
 from reconciler.spec import Fleet, Model
 from reconciler.state import (
     DrainClock,
@@ -108,6 +108,12 @@ class Seen:
         if job.ends_at is None or job.phase is not Phase.RUNNING:
             return False
         return self.at >= last_moment(job.ends_at, self.fleet.drain_timeout_s(model))
+
+    def before_maintenance_s(self) -> float | None:
+        """Return how long a job may run that starts now, if Slurm holds jobs back for one."""
+        known = self.memory.maintenances
+        begins = [] if known is None else [one for one in known.begin if one > self.at]
+        return min(begins) - self.at - MARGIN_S if begins else None
 
     def pause(self, model: str) -> Pause | None:
         """Return what has a model left alone now; the latest word if there are several."""

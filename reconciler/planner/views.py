@@ -77,8 +77,7 @@ def _detail(job: Job, seen: Seen) -> str:
     status = seen.status(job)
     probe = seen.probe(job)
     if status is Status.PENDING:
-        never = "; waiting will not help" if job.reason in _NEVER_STARTS else ""
-        return f"Slurm: {job.reason}{never}"
+        return f"Slurm: {job.reason}{_prospect(job, seen)}"
     if status is Status.UNKNOWN:
         what = "its comment can't be read" if job.comment is None else f"Slurm says {job.state}"
         return f"{what}; left alone"
@@ -89,6 +88,14 @@ def _detail(job: Job, seen: Seen) -> str:
     if status is Status.STARTING:
         return "the engine loads"
     return probe.detail if probe is not None else ""
+
+
+def _prospect(job: Job, seen: Seen) -> str:
+    if job.reason in _NEVER_STARTS:
+        return "; waiting will not help"
+    if job.waits_for_reservation and seen.before_maintenance_s() is not None:
+        return "; too little is left before it for a shorter job"
+    return ""
 
 
 def replica_view(job: Job, seen: Seen, leaving: Mapping[JobKey, Reason]) -> ReplicaView:

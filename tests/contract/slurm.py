@@ -2,7 +2,7 @@
 
 import base64
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reconciler.adapters.ports import Listing
@@ -40,6 +40,10 @@ class LabSlurm:
     def nodes(self) -> Mapping[str, str]:
         nodes: Mapping[str, str] = self._call("nodes")
         return nodes
+
+    def maintenances(self) -> Sequence[float]:
+        begins: Sequence[float] = self._call("maintenances")
+        return begins
 
     def submit(self, script: str) -> int:
         return int(self._call("submit", script))

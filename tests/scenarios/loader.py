@@ -6,6 +6,7 @@
      "jobs": [JOB, ...],            null: the queue can't be read ("jobs_error" says why)
      "odd_lines": 1,                of squeue that could not be read
      "nodes": {"node1": "draining"},
+     "maintenances": ["+6h"],       when they begin; only asked if a job waits for one
      "gateways": [GATEWAY, ...],    by default each host of the spec, with the default routes
      "image_errors": {"engine": "why its digest is not known"},
      "memory": MEMORY,              of the cycle before; by default nothing
@@ -15,7 +16,7 @@
     JOB: {"id": 11, "model": "chat", "ordinal": 0,
           "revision": "current",    or "old", "canary", "kept" (see MEMORY), or eight hex digits
           "state": "RUNNING", "reason": "None", "node": "node1", "gpus": 2, "exit_status": null,
-          "submitted": "-1h", "started": "-1h", "ends": "+20h", "restarts": 0,
+          "submitted": "-1h", "limit": "24h", "started": "-1h", "ends": "+20h", "restarts": 0,
           "published": true,        the job has written its address ("run_node": on another node)
           "ready": "-50m",          null: not ready by its own word yet
           "trap_ready": true, "draining": false, "succeeds": 10, "protect": false,
@@ -120,6 +121,7 @@ def load(folder: Path) -> Scenario:
     known(
         record,
         *("about", "jobs", "jobs_error", "odd_lines", "nodes", "gateways", "image_errors"),
+        "maintenances",
         *("memory", "allow_destroy", "pauses"),
     )
     memory = record.get("memory", {})
@@ -143,6 +145,7 @@ def load(folder: Path) -> Scenario:
             jobs_error=record.get("jobs_error"),
             odd_lines=record.get("odd_lines", 0),
             nodes=record.get("nodes", {}),
+            maintenances=_begins(record.get("maintenances")),
             probes=probes,
             gateways=_gateways(fleet, jobs, record.get("gateways")),
             image_digests={name: DIGEST for name in fleet.images if name not in errors},
@@ -180,6 +183,10 @@ def _revision(fleet: Fleet, model: str) -> str:
     return OLD if found is None else found.revision(DIGEST)
 
 
+def _begins(times: list[str] | None) -> tuple[float, ...] | None:
+    return None if times is None else tuple(map(_moment, times))
+
+
 def _recipe(fleet: Fleet, name: str, args: Record) -> Recipe:
     model = fleet.model(name)
     assert model is not None
@@ -203,7 +210,7 @@ def _job(
     known(
         record,
         *("id", "model", "ordinal", "revision", "state", "reason", "node", "gpus", "exit_status"),
-        *("submitted", "started", "ends", "restarts", "published", "run_node", "ready"),
+        *("submitted", "limit", "started", "ends", "restarts", "published", "run_node", "ready"),
         *("trap_ready", "draining", "succeeds", "protect", "comment", "probe"),
     )
     model = record.get("model", "chat")
@@ -237,6 +244,7 @@ def _job(
         if record.get("comment") == "unreadable"
         else _comment(fleet, record, submitted),
         exit_status=record.get("exit_status"),
+        limit_s=int(record.get("limit", "24h")[:-1]) * _UNITS[record.get("limit", "24h")[-1]],
     )
 
 

@@ -24,6 +24,8 @@ HOLDS_GPUS = frozenset({"CONFIGURING", "RUNNING", "COMPLETING"})
 # How the job script ends (reconciler/failures.py): what it is that does not work.
 STATUSES = {"crash": 1, "oom": 137, "arguments": 2, "weights": 66, "image": 69}
 NODE_STATUS = 71
+# How long the nodes are taken away.
+MAINTENANCE_S = 900.0
 
 _OPTION = re.compile(r"^#SBATCH --([a-z-]+)=(.*)$", re.MULTILINE)
 _SHUTDOWN = re.compile(r"--shutdown-timeout=(\d+)")
@@ -147,6 +149,7 @@ class Cluster:
         self.kill_wait_s = 30.0
         self.up = True
         self.excludes = True  # it heeds --exclude
+        self.maintenance_at: float | None = None  # nothing may run into it
         self.jobs: dict[int, SimJob] = {}  # by id: what slurmctld knows, ended ones for a while
         self.engines: dict[str, SimJob] = {}  # by address
         self.nodes = [
@@ -247,11 +250,19 @@ class Cluster:
             job.reason = "Priority" if job.restarts == 0 else "BeginTime"
         elif job.singleton and (job.name, job.user) in running:
             job.reason = "Dependency"
+        elif self._reaches_into_maintenance(job):
+            job.reason = "ReqNodeNotAvail, Reserved for maintenance"
         elif node is None:
             job.reason = "Resources"
         else:
             running.add((job.name, job.user))
             self._start(job, node)
+
+    def _reaches_into_maintenance(self, job: SimJob) -> bool:
+        begin, now = self.maintenance_at, self._timeline.now
+        if begin is None or now >= begin + MAINTENANCE_S:
+            return False
+        return now + job.walltime_s > begin
 
     def _start(self, job: SimJob, node: Node) -> None:
         node.free -= job.gpus

@@ -242,6 +242,11 @@ def _ctld_crash(world: SimWorld, _pick: int, amount: int) -> bool:
     return world.cluster.crash()
 
 
+def _maintenance(world: SimWorld, pick: int, amount: int) -> bool:
+    world.cluster.maintenance_at = world.timeline.now + 100 + 5 * pick + amount
+    return True
+
+
 def _foreign_job(world: SimWorld, pick: int, amount: int) -> bool:
     names = (
         ("someone", f"{FLEET}.alpha.00000000.0"),
@@ -430,6 +435,7 @@ STRIKES: dict[str, World] = {
     "ctld_down": _ctld_down,
     "ctld_crash": _ctld_crash,
     "foreign_job": _foreign_job,
+    "maintenance": _maintenance,
     "probes_cut": _probes_cut,
     "gateway_unreachable": _gateway(_unreachable),
     "gateway_restarts": _gateway(_restarts),

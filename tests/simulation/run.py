@@ -218,6 +218,7 @@ class Simulation:
         for gateway in world.gateways.values():
             gateway.unreachable_until = now
         cluster.up = True
+        cluster.maintenance_at = None
         cluster.excludes = not self.invariants.excused("quarantine")
         for node in cluster.nodes:
             cluster.restore_power(node)

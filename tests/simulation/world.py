@@ -12,6 +12,7 @@ from random import Random
 
 from reconciler.adapters import slurm_cli
 from reconciler.adapters.ports import ImagePin, Listing, Result
+from reconciler.batch import slurm_time
 from reconciler.errors import (
     GatewayFailed,
     SlurmUnavailable,
@@ -216,6 +217,13 @@ class SimSlurm:
                 raise SlurmUnavailable("sinfo gave no answer in 20 s")
             return self.world.cluster.words()
 
+    def maintenances(self) -> Sequence[float]:
+        with self.world.call("maintenances"):
+            if not self.world.cluster.up:
+                raise SlurmUnavailable("scontrol gave no answer in 20 s")
+            begin = self.world.cluster.maintenance_at
+            return [] if begin is None else [float(int(begin))]
+
     def submit(self, script: str) -> int:
         world = self.world
         with world.call("submit"):
@@ -287,6 +295,7 @@ def _record(job: SimJob) -> dict[str, str]:
         "Reason": job.reason,
         "RestartCnt": str(job.restarts),
         "exit_code": f"{job.exit_status}:0",
+        "TimeLimit": slurm_time(job.walltime_s),
         "Name": job.name,
         "Comment": job.comment,
     }

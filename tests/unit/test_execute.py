@@ -68,6 +68,9 @@ class FakeWorld:
     def nodes(self) -> Mapping[str, str]:
         return {}
 
+    def maintenances(self) -> Sequence[float]:
+        return []
+
     def submit(self, script: str) -> int:
         [name] = [
             line.removeprefix("#SBATCH --job-name=")

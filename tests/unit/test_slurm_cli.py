@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from reconciler.adapters.ports import Listing
-from reconciler.adapters.slurm_cli import SlurmCli, parse_listing
+from reconciler.adapters.slurm_cli import SlurmCli, parse_listing, parse_reservations
 from reconciler.errors import SlurmUnavailable, SubmitRejected, SubmitUnknown
 from reconciler.naming import ReplicaName
 from reconciler.plan import JobRef
@@ -39,6 +39,7 @@ FIELDS: dict[str, str] = {
     "restarts": "0",
     "name": str(NAME),
     "status": "0:0",
+    "limit": "4:00:00",
     "comment": comment_text(node="node1"),
 }
 
@@ -70,6 +71,40 @@ def test_R07_time_that_slurm_does_not_know_is_none(word: str) -> None:
     changes = {"state": "PENDING", "started": word, "ends": word, "nodes": ""}
     [job] = listing(line(**changes)).jobs
     assert (job.phase, job.started_at, job.ends_at) == (Phase.PENDING, None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "limit_s"),
+    [("4:00:00", 14_400), ("1-00:00:00", 86_400), ("UNLIMITED", None), ("Partition_Limit", None)],
+)
+def test_R07_walltime_of_a_job_is_read(text: str, limit_s: int | None) -> None:
+    """A job without a limit has none."""
+    [job] = listing(line(limit=text)).jobs
+    assert job.limit_s == limit_s
+
+
+# As `scontrol show reservation --oneliner` printed it on 24.11, with SLURM_TIME_FORMAT=%s.
+RESERVATION = (
+    "ReservationName={name} StartTime={begin} EndTime=1795318496 Duration=00:30:00 Nodes=gpu[1-2]"
+    " NodeCnt=2 CoreCnt=32 Features=(null) PartitionName=(null) Flags={flags} TRES=cpu=32"
+    " Users=root Groups=(null) Accounts=(null) Licenses=(null) State=INACTIVE BurstBuffer=(null)"
+    " MaxStartDelay=(null)\n"
+)
+
+
+def test_begins_of_maintenances_are_read() -> None:
+    """Other reservations are somebody's work, and what can't be read is none."""
+    text = "".join(
+        RESERVATION.format(name=name, begin=begin, flags=flags)
+        for name, begin, flags in (
+            ("later", "1795316696", "MAINT,IGNORE_JOBS,SPEC_NODES"),
+            ("sooner", "1795310000", "MAINT"),
+            ("course", "1795300000", "SPEC_NODES"),
+            ("odd", "soon", "MAINT"),
+        )
+    )
+    assert parse_reservations(text) == [1_795_310_000.0, 1_795_316_696.0]
+    assert parse_reservations("No reservations in the system\n") == []
 
 
 def test_listing_that_is_empty_is_a_fact() -> None:

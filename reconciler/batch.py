@@ -10,6 +10,8 @@ import shlex
 from collections.abc import Iterator
 from importlib.resources import files
 
+from pydantic import TypeAdapter, ValidationError
+
 from reconciler.naming import submit_comment
 from reconciler.plan import Submit
 from reconciler.spec import Fleet, Image, Model
@@ -17,6 +19,9 @@ from reconciler.state import Recipe
 
 # The job's own half of the script; the rendered half above it only sets variables.
 _BODY = files("reconciler").joinpath("replica.sh").read_text(encoding="utf-8")
+
+_RECIPE = "# recipe: "
+_RECIPES = TypeAdapter(Recipe)
 
 # Where weights appear inside the container; one place, so that no host path reaches the engine.
 _WEIGHTS_INSIDE = "/models"
@@ -37,6 +42,8 @@ def batch_script(recipe: Recipe, submit: Submit) -> str:
         [
             "#!/bin/bash",
             *_sbatch_lines(fleet, model, submit, comment),
+            # Slurm keeps it as long as the job: a lost memory finds it there again.
+            f"{_RECIPE}{_RECIPES.dump_json(recipe, exclude_defaults=True).decode()}",
             "",
             # Without its closing brace: the job adds what it says of itself.
             f"comment_base={shlex.quote(comment.removesuffix('}'))}",
@@ -52,6 +59,15 @@ def batch_script(recipe: Recipe, submit: Submit) -> str:
             _BODY,
         ]
     )
+
+
+def read_recipe(script: str) -> Recipe | None:
+    """Return the recipe in a script that `batch_script` made, None if it has none that is known."""
+    lines = (line for line in script.split("\n") if line.startswith(_RECIPE))
+    try:
+        return _RECIPES.validate_json(next(lines, "").removeprefix(_RECIPE))
+    except ValidationError:
+        return None
 
 
 def _sbatch_lines(fleet: Fleet, model: Model, submit: Submit, comment: str) -> Iterator[str]:

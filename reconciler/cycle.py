@@ -4,14 +4,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from reconciler.adapters.ports import ImagePin
-from reconciler.errors import StateFailed
+from reconciler.batch import read_recipe
+from reconciler.errors import SlurmUnavailable, StateFailed
 from reconciler.execute import Say, execute
 from reconciler.memory import learn, remember
 from reconciler.observe import World, observe
-from reconciler.plan import Plan
+from reconciler.plan import Cancel, Drain, Plan, Status
 from reconciler.planner import plan
 from reconciler.spec import Fleet
-from reconciler.state import Pause, Recipe
+from reconciler.state import Memory, Pause, Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +46,24 @@ def recipes(fleet: Fleet, pins: Mapping[str, ImagePin], commit: str | None) -> I
             yield Recipe.of(fleet, variant, digest=digest, program=program, commit=commit)
 
 
+def _recovered(decided: Plan, memory: Memory, world: World) -> Iterator[Recipe]:
+    """Yield what a serving replica of an old revision is made of, if memory has lost that.
+
+    One a cycle, and only while Slurm need not be asked whether a job that ends is still there.
+    """
+    if any(isinstance(action, Drain | Cancel) for action in decided.actions):
+        return
+    old = [view for view in decided.replicas if not view.current and view.status is Status.READY]
+    lost = [view for view in old if view.name.model not in memory.kept]
+    for view in lost[:1]:
+        try:
+            recipe = read_recipe(world.slurm.script(view.job_id))
+        except SlurmUnavailable:
+            return
+        if recipe is not None and recipe.revision == view.name.revision:
+            yield recipe
+
+
 def cycle(
     fleet: Fleet,
     world: World,
@@ -60,7 +79,7 @@ def cycle(
     observation, pins = observe(fleet, world, at, memory)
     memory = learn(memory, observation)
     decided = plan(fleet, observation, memory, allow_destroy, pauses)
-    ours = list(recipes(fleet, pins, commit))
+    ours = [*recipes(fleet, pins, commit), *_recovered(decided, memory, world)]
     memory = remember(memory, decided, ours)
     errors = []
     try:

@@ -62,7 +62,8 @@ def unconfirmed(memory: Memory, at: float) -> bool:
 def remember(memory: Memory, plan: Plan, recipes: Iterable[Recipe] = ()) -> Memory:
     """Return the memory with a clock for each replica that leaves, and what serves kept.
 
-    `recipes` are those of the spec; that of a model's wanted revision is kept once one is ready.
+    `recipes` are those of the spec and what was found again of others; a model's wanted revision
+    is kept once a replica of it is ready, any other that is ready only if nothing is kept.
     """
     # When jobs could not be listed the plan says nothing, so it forgets nothing either.
     if any(note.kind in _BLIND for note in plan.notes):
@@ -86,7 +87,8 @@ def _kept(memory: Memory, plan: Plan, recipes: Iterable[Recipe]) -> Mapping[str,
     kept = {name: recipe for name, recipe in memory.kept.items() if name in models}
     for recipe in recipes:
         name = recipe.model.name
-        if (name, recipe.revision) in ready & wanted:
+        key = (name, recipe.revision)
+        if key in ready and (key in wanted or name not in kept):
             kept[name] = recipe
     return kept
 

@@ -40,6 +40,9 @@ class Slurm(Protocol):
     def maintenances(self) -> Sequence[float]:
         """Return when each reservation for maintenance begins (epoch seconds), past ones too."""
 
+    def script(self, job_id: int) -> str:
+        """Return the batch script of a live job."""
+
     def submit(self, script: str) -> int:
         """Submit and return the job's id. Raises SubmitRejected or SubmitUnknown."""
 

@@ -63,6 +63,9 @@ class SlurmCli:
         output = self._query(["scontrol", "show", "reservation", "--oneliner"])
         return parse_reservations(output)
 
+    def script(self, job_id: int) -> str:
+        return self._query(["scontrol", "write", "batch_script", str(job_id), "-"])
+
     def submit(self, script: str) -> int:
         try:
             done = self._run(["sbatch", "--parsable"], stdin=script)

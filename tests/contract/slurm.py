@@ -45,6 +45,9 @@ class LabSlurm:
         begins: Sequence[float] = self._call("maintenances")
         return begins
 
+    def script(self, job_id: int) -> str:
+        return str(self._call("script", job_id))
+
     def submit(self, script: str) -> int:
         return int(self._call("submit", script))
 

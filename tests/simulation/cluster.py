@@ -80,6 +80,7 @@ class SimJob:
     base: str  # the comment that it was submitted with
     comment: str
     random: Random
+    script: str = ""
     state: str = "PENDING"
     shown: str | None = None  # a state word that squeue shows instead
     reason: str = "None"
@@ -177,7 +178,7 @@ class Cluster:
         options = dict(_OPTION.findall(script))
         shutdown, behaviour = _SHUTDOWN.search(script), _BEHAVIOUR.search(script)
         comment = options["comment"].strip("'")
-        return self.add(
+        job = self.add(
             name=options["job-name"],
             user=USER,
             gpus=int(options["gres"].removeprefix("gpu:")),
@@ -188,6 +189,8 @@ class Cluster:
             behaviour=behaviour[1] if behaviour else "good",
             comment=comment,
         )
+        job.script = script
+        return job
 
     def add(
         self,

@@ -95,7 +95,8 @@ class Invariants(Watch):
     def call(self, what: str) -> None:
         """Invariants 10 and 11: one look a cycle, and few queries."""
         calls = self._world.cycle.calls
-        if calls["jobs"] + calls["nodes"] + calls["maintenances"] > MOST_SLURM_QUERIES:
+        queries = sum(calls[one] for one in ("jobs", "nodes", "maintenances", "script"))
+        if queries > MOST_SLURM_QUERIES:
             self._fail(11, "more than three Slurm queries in one cycle")
         if what in ("look", "probe", "pins", "load") and calls[what] > 1:
             self._fail(10, f"{what} is asked more than once in one cycle")

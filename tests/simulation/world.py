@@ -224,6 +224,13 @@ class SimSlurm:
             begin = self.world.cluster.maintenance_at
             return [] if begin is None else [float(int(begin))]
 
+    def script(self, job_id: int) -> str:
+        with self.world.call("script"):
+            job = self.world.cluster.jobs.get(job_id)
+            if job is None or not self.world.cluster.up:
+                raise SlurmUnavailable("scontrol: Invalid job id specified")
+            return job.script
+
     def submit(self, script: str) -> int:
         world = self.world
         with world.call("submit"):

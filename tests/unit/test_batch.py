@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from reconciler.batch import batch_script, engine_argument
+from reconciler.batch import batch_script, engine_argument, read_recipe
 from reconciler.naming import ReplicaName, parse_comment
 from reconciler.plan import Reason, Submit
 from reconciler.spec import Fleet
@@ -95,6 +95,7 @@ GOLDEN = """\
 "commit":"0123456789ab","gpus":1}'
 #SBATCH --output='/shared/logs/%x.%j.log'
 #SBATCH --no-requeue
+# recipe: ...
 
 comment_base='{"v":1,"fleet":"demo","model":"tiny","revision":"0123abcd",\
 "commit":"0123456789ab","gpus":1'
@@ -120,7 +121,7 @@ def test_script_of_a_contained_model_is_as_reviewed() -> None:
         args={"max-model-len": 512, "enforce-eager": True},
         env={"HF_HUB_OFFLINE": "1"},
     )
-    assert text == GOLDEN + BODY
+    assert re.sub(r"# recipe: .*", "# recipe: ...", text) == GOLDEN + BODY
 
 
 def test_script_of_a_program_on_the_host_names_its_path() -> None:
@@ -236,6 +237,23 @@ def test_slurm_options_of_the_spec_are_sbatch_lines() -> None:
     own = {"partition": "long", "walltime": "2-00:00:00"}
     lines = sbatch_lines(script(top={"slurm": slurm}, slurm=own))
     assert {"--partition=long", "--account=ai", "--qos=high", "--time=2-00:00:00"} <= set(lines)
+
+
+def test_recipe_of_a_script_is_found_in_it_again() -> None:
+    """Slurm keeps the script as long as the job lives, whatever strings the spec holds."""
+    args = {f"a{at}": text for at, text in enumerate(NASTY) if "\0" not in text}
+    wanted = fleet(model_record(args=args, served_names=["a 'b'"]), fleet="demo")
+    recipe = Recipe.of(wanted, wanted.models[0], digest="sha", program="/opt/x", commit=COMMIT)
+    name = ReplicaName(fleet="demo", model="tiny", revision=recipe.revision, ordinal=0)
+    text = batch_script(recipe, Submit(name=name, gpus=1, reason=Reason.MISSING))
+    assert read_recipe(text) == recipe
+    assert batch_script(recipe, Submit(name=name, gpus=1, reason=Reason.MISSING)) == text
+
+
+@pytest.mark.parametrize("script", ["", "#!/bin/bash\n", "# recipe: {}\n", "# recipe: \n"])
+def test_script_without_a_recipe_has_none(script: str) -> None:
+    """A script of an older program, or of another one."""
+    assert read_recipe(script) is None
 
 
 def test_R23_resources_are_asked_for_as_written() -> None:

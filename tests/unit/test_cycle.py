@@ -5,9 +5,12 @@ from types import SimpleNamespace
 from typing import Any
 
 from reconciler.adapters.ports import ImagePin
+from reconciler.batch import batch_script
 from reconciler.cycle import cycle
 from reconciler.observe import World
-from tests.unit.build import DIGEST, fleet
+from reconciler.plan import Reason, Submit
+from reconciler.state import Health, Memory, Probe, Recipe
+from tests.unit.build import AT, DIGEST, fleet, job, model_record
 from tests.unit.test_execute import FakeJournal, FakeWorld
 
 
@@ -38,3 +41,25 @@ def test_memory_is_saved_before_anything_is_done() -> None:
         "memory saved, 1 done",
         "submit intended at 1000000, 1 done",
     ]
+
+
+def test_recipe_that_memory_lost_is_found_in_the_script_of_a_serving_replica() -> None:
+    """The spec has moved on; what serves is known to Slurm, and asked for once."""
+    before = fleet(model_record(replicas=1, args={"seed": 1}))
+    after = fleet(model_record(replicas=1, args={"seed": 2}), budget={"gpus": 1})
+    recipe = Recipe.of(before, before.models[0], digest=DIGEST, program="/opt/engine", commit=None)
+    old = job(recipe.revision, id=7)
+    submit = Submit(name=old.name, gpus=1, reason=Reason.MISSING)
+    fake = FakeWorld(live=[old], scripts={7: batch_script(recipe, submit)})
+    saved: list[Memory] = []
+    store: Any = SimpleNamespace(load=Memory, save=saved.append)
+    probes = {old.key: Probe(health=Health.READY, ongoing=1)}
+    engines: Any = SimpleNamespace(probe=lambda *_: probes)
+    cycle(
+        after,
+        replace(world(fake), store=store, engines=engines),
+        at=AT,
+        commit=None,
+        say=lambda _: None,
+    )
+    assert [memory.kept for memory in saved] == [{"tiny": recipe}]

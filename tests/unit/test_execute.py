@@ -43,6 +43,7 @@ class FakeWorld:
     live: Sequence[Job] = ()
     fail: Mapping[str, FleetError] = field(default_factory=dict)
     done: list[str] = field(default_factory=list)
+    scripts: Mapping[int, str] = field(default_factory=dict)
     journal: "FakeJournal" = field(default_factory=lambda: FakeJournal())
 
     def _do(self, what: str) -> None:
@@ -70,6 +71,9 @@ class FakeWorld:
 
     def maintenances(self) -> Sequence[float]:
         return []
+
+    def script(self, job_id: int) -> str:
+        return self.scripts[job_id]
 
     def submit(self, script: str) -> int:
         [name] = [

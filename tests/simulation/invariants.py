@@ -299,9 +299,18 @@ class Invariants(Watch):
         silent = {key for key in routed if _silent(cycle, key)}
         if not cycle.cut or len(silent) < 2 or 2 * len(silent) <= len(routed):
             return
-        keep = {key for key in silent if key[0] not in self._leaving}
+        # A job that has moved is not at the address that is routed: that route goes.
+        here = {job.key: address for address, job in self._world.cluster.engines.items()}
+        keep = {
+            target
+            for view in cycle.views
+            for target in view.targets
+            if target.key in silent
+            and target.job_id not in self._leaving
+            and here.get(target.key) == target.address
+        }
         for action in plan.actions:
-            if isinstance(action, Route) and keep - {target.key for target in action.targets}:
+            if isinstance(action, Route) and keep - set(action.targets):
                 self._fail(1, "no probe gets out, and that is taken for the fleet's fault")
 
     def _owns_all(self, plan: Plan) -> None:

@@ -49,6 +49,7 @@ class Result:
     boundaries: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
+    excuses: Counter[str] = field(default_factory=Counter)
     settled_after_s: float = 0.0
 
     @property
@@ -112,6 +113,7 @@ class Simulation:
         self.result.failed_at = self._at_cycle
         self.result.struck = self.world.struck
         self.result.boundaries = self.world.boundaries
+        self.result.excuses = self.invariants.excuses
         return self.result
 
     # -- one cycle
@@ -218,7 +220,7 @@ class Simulation:
         for gateway in world.gateways.values():
             gateway.unreachable_until = now
         cluster.up = True
-        cluster.excludes = not self.invariants.excused("quarantine")
+        cluster.excludes = lambda: not self.invariants.excused("quarantine")
         for node in cluster.nodes:
             cluster.restore_power(node)
             cluster.resume_node(node)

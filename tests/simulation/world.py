@@ -27,7 +27,12 @@ from reconciler.spec import Fleet
 from reconciler.state import GatewayView, Health, Job, JobKey, Memory, Probe
 from tests.simulation.cluster import USER, Cluster, Engine, SimJob
 from tests.simulation.gateways import Configuration, SimGateway
-from tests.simulation.timeline import Timeline
+from tests.simulation.timeline import START, Timeline
+
+# munge's credentials are refused if they seem older, or newer, than that: seen on 24.11.
+MOST_SKEW_S = 300.0
+# The reconciler's host has been up for so long when a run begins.
+BOOTED_BEFORE_S = 5_000.0
 
 
 class Killed(BaseException):
@@ -96,13 +101,14 @@ class SimWorld:
         self.boundaries: Counter[str] = Counter()  # where the reconciler was killed
         self.crash_in: int | None = None  # boundaries to go
         self.clock_offset_s = 0.0
-        self.clock_jumped_at = 0.0  # when it last jumped forward
         self.lied = False  # the last listing was no good, and said so to nobody
         self.cut_until = 0.0  # no probe leaves the reconciler's host until then
         self.images = {"one": 1, "two": 1}
         self.image_missing_until = {"one": 0.0, "two": 0.0}
         self.disk_full_until = 0.0
-        self.memory = Memory()
+        self.memory = Memory()  # as the disk has it
+        self.unsaved: Memory | None = None  # as the reconciler's process has it, if that differs
+        self.memory_aged_at = 0.0  # when a process ended with what it could not save
         self.submitted: SimJob | None = None
 
     @property
@@ -114,6 +120,7 @@ class SimWorld:
             gateways=SimGateways(self),
             images=SimImages(self),
             store=SimStore(self),
+            booted_at=lambda: START - BOOTED_BEFORE_S + self.clock_offset_s,
         )
 
     def clock(self) -> float:
@@ -122,9 +129,12 @@ class SimWorld:
 
     def set_clock(self, offset_s: float) -> None:
         """Let the clock of the reconciler's host jump; Slurm's and the nodes' clocks are right."""
-        if offset_s > self.clock_offset_s:
-            self.clock_jumped_at = self.timeline.now
         self.clock_offset_s = offset_s
+
+    @property
+    def slurm_answers(self) -> bool:
+        """Whether slurmctld is up, and takes what this host says when as true."""
+        return self.cluster.up and abs(self.clock_offset_s) <= MOST_SKEW_S
 
     def strikes(self, fault: str) -> bool:
         """Whether an armed fault strikes now; it strikes once."""
@@ -148,6 +158,10 @@ class SimWorld:
 
     def _kill(self, where: str) -> None:
         self.boundaries[where] += 1
+        if self.unsaved is not None:
+            self.unsaved, self.memory_aged_at = None, self.timeline.now
+            for job in self.cluster.jobs.values():
+                job.remembered = job.saved
         raise Killed(where)
 
     @contextmanager
@@ -170,7 +184,7 @@ class SimSlurm:
         world = self.world
         with world.call("jobs"):
             first = world.cycle.calls["jobs"] == 1
-            if not world.cluster.up or world.strikes("listing_fails"):
+            if not world.slurm_answers or world.strikes("listing_fails"):
                 raise SlurmUnavailable("squeue gave no answer in 20 s")
             mark = "|mark|"
             text = self._text(mark)
@@ -212,7 +226,7 @@ class SimSlurm:
 
     def nodes(self) -> Mapping[str, str]:
         with self.world.call("nodes"):
-            if not self.world.cluster.up or self.world.strikes("nodes_fail"):
+            if not self.world.slurm_answers or self.world.strikes("nodes_fail"):
                 raise SlurmUnavailable("sinfo gave no answer in 20 s")
             return self.world.cluster.words()
 
@@ -221,7 +235,7 @@ class SimSlurm:
         with world.call("submit"):
             if "SIM_BEHAVIOUR=rejected" in script:
                 raise SubmitRejected("sbatch: Invalid account")
-            if not world.cluster.up:
+            if not world.slurm_answers:
                 raise SubmitUnknown("sbatch: Unable to contact slurm controller")
             if world.strikes("submit_rejected"):
                 raise SubmitRejected("sbatch: Invalid qos specification")
@@ -246,7 +260,7 @@ class SimSlurm:
     def drain(self, job: JobRef) -> None:
         world = self.world
         with world.call("drain"):
-            if not world.cluster.up or world.strikes("drain_fails"):
+            if not world.slurm_answers or world.strikes("drain_fails"):
                 raise SlurmUnavailable("scancel gave no answer in 20 s")
             found = world.cluster.jobs.get(job.id)
             world.watch.told(job, found)
@@ -259,7 +273,7 @@ class SimSlurm:
     def cancel(self, job: JobRef, *, pending: bool) -> None:
         world = self.world
         with world.call("cancel"):
-            if not world.cluster.up or world.strikes("cancel_fails"):
+            if not world.slurm_answers or world.strikes("cancel_fails"):
                 raise SlurmUnavailable("scancel gave no answer in 20 s")
             found = world.cluster.jobs.get(job.id)
             world.watch.cancelled(job, found, pending=pending)
@@ -433,18 +447,22 @@ class SimStore:
     def load(self) -> Memory:
         with self.world.call("load"):
             if self.world.strikes("memory_lost"):
-                self.world.memory = Memory()
+                self.world.memory, self.world.unsaved = Memory(), None
                 self.world.cycle.hidden = True
                 for job in self.world.cluster.jobs.values():
-                    job.remembered = False
-            return self.world.memory
+                    job.remembered = job.saved = False
+            return self.world.unsaved or self.world.memory
 
     def save(self, memory: Memory) -> None:
+        """Like SqliteStore: what can't be written is known as long as this process lives."""
         world = self.world
         with world.call("save"):
+            world.unsaved = memory
+            self._remember()
             self._refuse_if_full()
-            world.memory = memory
-            self.remember()
+            world.memory, world.unsaved = memory, None
+            for job in world.cluster.jobs.values():
+                job.saved = job.remembered
 
     def intend(self, at: float, action: Action) -> int:
         assert at > 0
@@ -464,8 +482,8 @@ class SimStore:
         if self.world.timeline.now < self.world.disk_full_until:
             raise StateFailed("memory.json can't be written: No space left on device")
 
-    def remember(self) -> None:
-        """Mark which jobs a later look can miss: those that it was shown before it was saved."""
+    def _remember(self) -> None:
+        """Mark which jobs a later look can miss: those that were shown before memory was kept."""
         cycle = self.world.cycle
         if not cycle.believable:
             return

@@ -99,8 +99,8 @@ def _turns(mode: str) -> World:
             return False
         engine = job.engine
         engine.mode = mode
-        if mode == "sick":
-            engine.streams.clear()
+        if mode in ("sick", "impostor"):
+            engine.streams.clear()  # whoever answers now has not got them
 
         def recover() -> None:
             if engine.mode == mode and world.cluster.engines.get(engine.address) is job:

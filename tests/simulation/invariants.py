@@ -26,7 +26,6 @@ _SLACK_S = 5.0
 # that mends it; `python -m tests.simulation SEED --strict` excuses nothing.
 KNOWN_GAPS = {
     "clock": "a clock ahead of Slurm's (by five minutes at most) sees each walltime end so early",
-    "late reload": "a reload that NGINX does after the change was given up brings old routes back",
     "quarantine": "a waiting job avoids for ever the nodes that were quarantined at its submission",
     "stale memory": "a process killed while the disk is full leaves an old memory to the next one",
     "unreadable": "a job whose comment can't be read counts as many GPUs as the spec says now",
@@ -261,11 +260,6 @@ class Invariants(Watch):
             name = parse_name(job.name) if job is not None and job.key == target.key else None
             if name is not None and name.model != target.model:
                 self._fail(6, f"{gateway.name} sends {target.model} to {job and job.name}")
-
-    def too_late(self, gateway: SimGateway, slow: Configuration) -> bool:
-        """The gap of the late reload: it would bring back routes that are gone by now."""
-        running = gateway.running.targets if gateway.running is not None else ()
-        return bool(set(slow.targets) - set(running)) and self.excused("late reload")
 
     def changed(self) -> None:
         """Invariant 1, when a gateway is about to be changed."""

@@ -76,10 +76,6 @@ class Watch:
     def changed(self) -> None:
         """A gateway is about to be changed."""
 
-    def too_late(self, gateway: SimGateway, slow: Configuration) -> bool:
-        """Whether a late reload is not to come, as nothing could be right after it."""
-        return not (gateway and slow)
-
     def rerouted(self, gateway: SimGateway, before: Configuration | None) -> None:
         """A gateway runs another configuration."""
 
@@ -385,10 +381,11 @@ class SimGateways:
             before = gateway.swap(files)
             world.boundary("inside change")
             if world.strikes("change_slow"):
-                # The script waits 10 s, puts the link back and says so; the reload comes later.
-                slow = gateway.linked
+                # The script waits 10 s, puts the link back and says so; the reload may come later.
+                self._finish_reload(gateway)
+                gateway.slow = slow = gateway.linked
                 world.timeline.after(
-                    world.random.uniform(5, 25), lambda: self._reload_late(gateway, slow)
+                    world.random.uniform(5, 25), lambda: self._finish_reload(gateway, slow)
                 )
                 world.timeline.advance(10.0)
                 if gateway.linked == gateway.running:
@@ -400,6 +397,7 @@ class SimGateways:
                 raise GatewayFailed(f"gateway {name}: no answer in 30 s")
 
     def _reload(self, gateway: SimGateway) -> None:
+        self._finish_reload(gateway)  # NGINX does one after the other
         world, before = self.world, gateway.running
         uploads_s = streams_s = 0.0
         if world.strikes("change_lingers"):
@@ -408,10 +406,12 @@ class SimGateways:
         gateway.reload(uploads_s=uploads_s, streams_s=streams_s)
         world.watch.rerouted(gateway, before)
 
-    def _reload_late(self, gateway: SimGateway, slow: Configuration | None) -> None:
-        """A reload that NGINX was asked for and did late: it runs what was linked then."""
-        if slow is None or self.world.watch.too_late(gateway, slow):
+    def _finish_reload(self, gateway: SimGateway, slow: Configuration | None = None) -> None:
+        """Do a reload that NGINX was asked for before: it runs what was linked then."""
+        slow = slow or gateway.slow
+        if slow is None or slow is not gateway.slow:
             return
+        gateway.slow = None
         now_linked, before = gateway.linked, gateway.running
         gateway.linked = slow
         gateway.reload(uploads_s=0.0, streams_s=0.0)

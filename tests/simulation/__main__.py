@@ -42,7 +42,8 @@ def main() -> int:
 
 
 def _soak(seeds: range, options: argparse.Namespace) -> int:
-    commit = _commit()  # before: what runs is what was there at the start
+    # Asked before: what runs is what was there at the start.
+    commit = _commit() if options.summary is not None else ""
     totals = soak(
         seeds,
         options.cycles,
@@ -50,7 +51,7 @@ def _soak(seeds: range, options: argparse.Namespace) -> int:
         say=lambda text: print(text, flush=True),
     )
     print(totals.table())
-    if options.summary is not None:
+    if commit:
         options.summary.write_text(totals.markdown(seeds, options.cycles, commit), encoding="utf-8")
     for text in totals.missing():
         print(f"too seldom: {text}")

@@ -5,12 +5,12 @@ does to that world. Where the truth could not be known to it, the check says so.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from reconciler.naming import parse_comment, parse_name
 from reconciler.plan import Cancel, Drain, JobRef, NoteKind, Plan, Reason, Route, Status
 from reconciler.rollover import MARGIN_S
-from reconciler.spec import Fleet
+from reconciler.spec import Fleet, Model
 from reconciler.state import Health, JobKey, Probe
 from tests.simulation.cluster import FLEET, STARTED, SimJob
 from tests.simulation.gateways import Configuration, SimGateway
@@ -30,6 +30,7 @@ KNOWN_GAPS = {
     "stale memory": "a process killed while the disk is full leaves an old memory to the next one",
     "unreadable": "a job whose comment can't be read counts as many GPUs as the spec says now",
     "endless": "a release that is refused, or starts and never serves, is tried again at once",
+    "shape": "the last old replica may hold the GPUs that smaller new ones need, and serves on",
     "intents": "jobs that no saved memory knows can vanish from a listing unnoticed",
 }
 
@@ -153,20 +154,32 @@ class Invariants(Watch):
         if any(note.kind is NoteKind.GUARD and note.subject == model_name for note in notes):
             return  # those that are too many wait for somebody's word
         expiring = {note.subject for note in notes if note.kind is NoteKind.EXPIRING}
+        # A canary is wanted beside its model, however many of that there still are.
+        canaries = set(self._revisions(model.variants[1:]))
+        canary = new.name.split(".")[2] in canaries
         names = {
             job.name
             for job in self._world.cluster.ours
             if job.name.split(".")[1] == model_name
+            and (job.name.split(".")[2] in canaries) == canary
             and job.state != "COMPLETING"
             and job.id not in self._leaving
             and job.name not in expiring
             and (job.listed or job.name in self._submitted)
             and not (job.engine is not None and job.engine.draining)
         }
-        wanted = sum(variant.replicas for variant in model.variants)
-        most = wanted + self._fleet.defaults.rollout.max_surge
+        if canary:
+            most = sum(variant.replicas for variant in model.variants[1:])
+        else:
+            most = model.replicas + self._fleet.defaults.rollout.max_surge
         if len(names) > most:
             self._fail(2, f"{len(names)} replicas of {model_name}, {most} at most are wanted")
+
+    def _revisions(self, models: Iterable[Model]) -> Iterator[str]:
+        """Yield the revisions that models have and had: an image may be rebuilt at any moment."""
+        for model in models:
+            for build in range(1, self._world.images[model.image] + 1):
+                yield model.revision(f"{model.image}:{build}")
 
     def told(self, ref: JobRef, job: SimJob | None) -> None:
         """Invariants 1, 4, 7 and 8, when a job is about to be told to drain."""

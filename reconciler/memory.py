@@ -22,6 +22,8 @@ from reconciler.state import (
 
 # Of each model; a high percentile of these says how early a successor must be submitted.
 LEADS_KEPT = 20
+# A clock that is kept right by small steps must not seem to jump, nor cost a write each time.
+JUMP_S = 1.0
 # A listing that has lost every known job at once must still say so this much later.
 CONFIRM_S = 5.0
 # Reservations change seldom, and the question takes the place of the one for the nodes' states.
@@ -36,7 +38,7 @@ def learn(memory: Memory, observation: Observation) -> Memory:
     """Return what is known after a look: misses, idle times, failures, a suspicious emptiness."""
     if observation.jobs is None:
         return memory
-    memory = _not_after(memory, observation.at)
+    memory = _by_this_clock(memory, observation)
     emptied = replace(memory, emptied_at=_emptied_at(memory, observation))
     if unconfirmed(emptied, observation.at):
         return emptied
@@ -93,30 +95,39 @@ def _kept(memory: Memory, plan: Plan, recipes: Iterable[Recipe]) -> Mapping[str,
     return kept
 
 
-def _not_after(memory: Memory, at: float) -> Memory:
-    """Return the memory with no time after now: a clock set back must not stop any timer."""
+def _by_this_clock(memory: Memory, observation: Observation) -> Memory:
+    """Return the memory with its times as the clock would have told them that tells them now.
 
-    def past(since: float | None) -> float | None:
-        return None if since is None else min(since, at)
+    A clock that has jumped moves them along, so no timer gains or loses; a host that has started
+    anew seems to have jumped, which starts timers again. None lies after now.
+    """
+    jump_s = _jump_s(memory, observation)
+
+    def moved(at: float) -> float:
+        return min(at + jump_s, observation.at)
+
+    def moved_if_any(at: float | None) -> float | None:
+        return None if at is None else moved(at)
 
     return replace(
         memory,
         drains={
-            key: replace(clock, since=min(clock.since, at), idle_since=past(clock.idle_since))
+            key: replace(clock, since=moved(clock.since), idle_since=moved_if_any(clock.idle_since))
             for key, clock in memory.drains.items()
         },
         failures={
             revision: replace(
                 seen,
-                last_at=min(seen.last_at, at),
-                recent=tuple(replace(one, at=min(one.at, at)) for one in seen.recent),
+                last_at=moved(seen.last_at),
+                recent=tuple(replace(one, at=moved(one.at)) for one in seen.recent),
             )
             for revision, seen in memory.failures.items()
         },
         progress={
-            key: replace(seen, since=min(seen.since, at)) for key, seen in memory.progress.items()
+            key: replace(seen, since=moved(seen.since)) for key, seen in memory.progress.items()
         },
-        emptied_at=past(memory.emptied_at),
+        emptied_at=moved_if_any(memory.emptied_at),
+        booted_at=observation.booted_at if jump_s or memory.booted_at is None else memory.booted_at,
     )
 
 
@@ -135,6 +146,13 @@ def _maintenances(memory: Memory, observation: Observation) -> Maintenances | No
     if known is None or not 0 <= observation.at - known.asked_at < FORGET_MAINTENANCES_S:
         return None
     return known
+
+
+def _jump_s(memory: Memory, observation: Observation) -> float:
+    before, now = memory.booted_at, observation.booted_at
+    if before is None or now is None or abs(now - before) < JUMP_S:
+        return 0.0
+    return now - before
 
 
 def _misses(memory: Memory, observation: Observation) -> Mapping[JobKey, int]:

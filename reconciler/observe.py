@@ -1,5 +1,6 @@
 """One look at the world: each adapter is asked once; what can't be read is recorded as unknown."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -13,6 +14,11 @@ from reconciler.state import GatewayView, Job, JobKey, Memory, Observation, Prob
 T = TypeVar("T")
 
 
+def booted_at() -> float:
+    """Return when this host started, by its clock (epoch seconds): later if that jumps ahead."""
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
     """Everything outside of the process, one adapter each."""
@@ -22,12 +28,14 @@ class World:
     gateways: Gateways
     images: Images
     store: Store
+    booted_at: Callable[[], float] = booted_at
 
 
 def observe(
     fleet: Fleet, world: World, at: float, memory: Memory
 ) -> tuple[Observation, Mapping[str, ImagePin]]:
     """Return what is seen now, and the images' pins. Unknown is never taken for absent."""
+    booted = world.booted_at()  # at once: it must be of the same clock as `at`
     gateways = world.gateways.look()
     pins, image_errors = world.images.pins(fleet)
     jobs: tuple[Job, ...] | None = None
@@ -52,6 +60,7 @@ def observe(
         gateways=gateways,
         image_digests={name: pin.digest for name, pin in pins.items()},
         image_errors=image_errors,
+        booted_at=booted,
     ), pins
 
 

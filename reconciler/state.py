@@ -172,6 +172,7 @@ class Observation:
     gateways: tuple[GatewayView, ...] = ()
     image_digests: Mapping[str, str] = field(default_factory=dict)  # image -> digest
     image_errors: Mapping[str, str] = field(default_factory=dict)
+    booted_at: float | None = None  # by this host's clock: it changes only when that jumps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -290,3 +291,4 @@ class Memory:
     kept: Mapping[str, Recipe] = field(default_factory=dict)  # model -> what was ready last
     maintenances: Maintenances | None = None  # while jobs wait for one
     emptied_at: float | None = None  # first look at which all known jobs were gone at once
+    booted_at: float | None = None  # the clock that all these times were told by

@@ -83,9 +83,19 @@ class _Case:
     seen: Seen
 
     @property
+    def held(self) -> Note | None:
+        """Why no job of the revision may be submitted now, None if it may be."""
+        return _held(self.model.name, self.revision, self.seen)
+
+    @property
     def max_unavailable(self) -> int:
-        """How many may be missing for a while; the model itself has spent that for its canary."""
-        return 0 if self.canary else self.seen.fleet.defaults.rollout.max_unavailable
+        """How many may be missing for a while; the model itself has spent that for its canary.
+
+        None for the sake of what may not be submitted.
+        """
+        if self.canary or self.held is not None:
+            return 0
+        return self.seen.fleet.defaults.rollout.max_unavailable
 
     def is_current(self, job: Job) -> bool:
         return job.name.revision == self.revision
@@ -267,16 +277,16 @@ def _missing(case: _Case, staying: Sequence[Job]) -> tuple[tuple[Submit, ...], t
     old = len(others) + len(returning)
     room = model.replicas + seen.fleet.defaults.rollout.max_surge - len(current) - old
     count = min(need, max(0, room)) if old else need
-    held = _held(model.name, revision, seen)
-    if held is not None:
-        return returning, (*notes, held)
+    if case.held is not None:
+        return returning, (*notes, case.held)
     if count < need:
         text = f"{need - count} more of revision {revision} follow when old replicas have left"
         notes = (*notes, Note(kind=NoteKind.ROLLING, subject=model.name, text=text))
     taken = case.taken | {submit.name.ordinal for submit in returning}
     outgoing = [job for job in staying if case.is_current(job) and case.is_expiring(job)]
     reason = Reason.STALE if old else Reason.MISSING
-    return (*returning, *_submits(case, model, revision, count, taken, outgoing, reason)), notes
+    # What may be tried goes first: what is kept alive would take its room in the budget for ever.
+    return (*_submits(case, model, revision, count, taken, outgoing, reason), *returning), notes
 
 
 def _missing_fallback(

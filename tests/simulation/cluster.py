@@ -96,7 +96,8 @@ class SimJob:
     told_at: float | None = None  # when the reconciler told it to drain
     listed: bool = False  # a listing has shown it to the reconciler
     legible: bool = True  # its comment could be read there
-    remembered: bool = False  # and that was saved
+    remembered: bool = False  # and the reconciler's process knows that
+    saved: bool = False  # and so does the next one
     cancelled_at: float | None = None
 
     @property
@@ -149,8 +150,9 @@ class Cluster:
         self._kicked = False
         self.kill_wait_s = 30.0
         self.up = True
-        self.excludes = True  # it heeds --exclude
         self.maintenance_at: float | None = None  # nothing may run into it
+        # Asked whether a job that fits only where it must not run has to wait.
+        self.excludes: Callable[[], bool] = lambda: True
         self.jobs: dict[int, SimJob] = {}  # by id: what slurmctld knows, ended ones for a while
         self.engines: dict[str, SimJob] = {}  # by address
         self.nodes = [
@@ -245,8 +247,6 @@ class Cluster:
 
     def _consider(self, job: SimJob, running: set[tuple[str, str]]) -> None:
         """Start a waiting job, or say what it waits for."""
-        fit = (n for n in self.nodes if n.usable and n.free >= job.gpus)
-        node = next((n for n in fit if not (self.excludes and n.name in job.exclude)), None)
         if job.held:
             job.reason = "JobHeldUser"
         elif job.eligible_at > self._timeline.now:
@@ -255,7 +255,7 @@ class Cluster:
             job.reason = "Dependency"
         elif self._reaches_into_maintenance(job):
             job.reason = "ReqNodeNotAvail, Reserved for maintenance"
-        elif node is None:
+        elif (node := self._node_for(job)) is None:
             job.reason = "Resources"
         else:
             running.add((job.name, job.user))
@@ -266,6 +266,13 @@ class Cluster:
         if begin is None or now >= begin + MAINTENANCE_S:
             return False
         return now + job.walltime_s > begin
+
+    def _node_for(self, job: SimJob) -> Node | None:
+        fit = [node for node in self.nodes if node.usable and node.free >= job.gpus]
+        allowed = [node for node in fit if node.name not in job.exclude]
+        if fit and not allowed and not self.excludes():
+            return fit[0]
+        return allowed[0] if allowed else None
 
     def _start(self, job: SimJob, node: Node) -> None:
         node.free -= job.gpus

@@ -39,6 +39,7 @@ class SimGateway:
     running: Configuration | None = None
     linked: Configuration | None = None  # what a start of NGINX would read
     old: list[OldWorkers] = field(default_factory=list)
+    slow: Configuration | None = None  # a reload that NGINX was asked for and has not done yet
     unreachable_until: float = 0.0
     left: dict[JobKey, float] = field(default_factory=dict)  # when it left the routes
 
@@ -87,8 +88,9 @@ class SimGateway:
         self.running = self.linked
 
     def restart(self) -> None:
-        """Start NGINX anew: it reads what is linked, and no old worker is left."""
+        """Start NGINX anew: it reads what is linked, and neither old worker nor reload is left."""
         self.old.clear()
+        self.slow = None
         self.reload(uploads_s=0.0, streams_s=0.0)
 
     def refuse_if_unreachable(self) -> None:

@@ -9,6 +9,7 @@ from multiprocessing import get_context
 
 from reconciler.plan import NoteKind, Reason
 from tests.simulation.faults import KINDS
+from tests.simulation.invariants import KNOWN_GAPS
 from tests.simulation.run import Result, simulate
 
 # A rule that was never tried is not known to hold: everything must have occurred so often.
@@ -32,6 +33,8 @@ class Totals:
     kills: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
+    excuses: Counter[str] = field(default_factory=Counter)
+    excused_seeds: int = 0
 
     def add(self, result: Result) -> None:
         """Add one run."""
@@ -44,6 +47,8 @@ class Totals:
         self.kills += result.boundaries
         self.reasons += result.reasons
         self.notes += result.notes
+        self.excuses += result.excuses
+        self.excused_seeds += bool(result.excuses)
 
     def missing(self, least: int = LEAST) -> list[str]:
         """Return what has occurred too seldom for the run to mean much."""
@@ -66,21 +71,68 @@ class Totals:
             f"{self.seeds} seeds, {self.cycles} cycles, {len(self.failed)} failed; "
             f"slowest to settle: {self.slowest_s:.0f} s"
         ]
-        for title, counts in (
+        for title, counts in (*self._counts(), ("excused", self.excuses)):
+            lines.append(f"{title}: {_words(counts)}")
+        return "\n".join(lines)
+
+    def markdown(self, seeds: Sequence[int], cycles: int, commit: str) -> str:
+        """Return the totals as a page: what was tried how often, and what was let pass."""
+        failed = ", ".join(str(result.seed) for result in self.failed) or "none"
+        gaps = [(gap, text, self.excuses[gap]) for gap, text in KNOWN_GAPS.items()]
+        lines = [
+            "# What the simulator has shown",
+            "",
+            "Whole cycles of the reconciler on a simulated cluster, everything going wrong, and a "
+            "crash at any point ([development.md](development.md)). Made by",
+            "",
+            f"    python -m tests.simulation --soak {len(seeds)} --first {seeds[0]} "
+            f"--cycles {cycles} --summary docs/simulation.md",
+            "",
+            "| | |",
+            "|---|---:|",
+            f"| commit | {commit} |",
+            f"| seeds | {seeds[0]} to {seeds[-1]} |",
+            f"| cycles | {self.cycles} |",
+            f"| seeds that failed | {failed} |",
+            f"| seeds that needed an excuse | {self.excused_seeds} |",
+            f"| slowest to settle after the last fault | {self.slowest_s:.0f} s |",
+            "",
+            "## What is not done yet",
+            "",
+            "Each is a violation of what must hold that is known and let pass, so often here. "
+            "`--strict` lets none pass.",
+            "",
+            "| gap | what happens | let pass |",
+            "|---|---|---:|",
+            *(f"| {gap} | {text} | {count} |" for gap, text, count in gaps),
+        ]
+        for title, counts in self._counts():
+            lines += ["", f"## {title.capitalize()}", "", f"{_words(counts)}."]
+        return "\n".join(lines) + "\n"
+
+    def _counts(self) -> Sequence[tuple[str, Counter[str]]]:
+        return (
             ("faults", self.faults),
             ("killed", self.kills),
             ("reasons", self.reasons),
             ("notes", self.notes),
-        ):
-            words = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
-            lines.append(f"{title}: {words}")
-        return "\n".join(lines)
+        )
 
 
-def soak(seeds: Sequence[int], cycles: int, *, say: Callable[[str], None] | None = None) -> Totals:
-    """Run all seeds. `say` is told of the progress and of each failure."""
+def _words(counts: Counter[str]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+
+
+def soak(
+    seeds: Sequence[int],
+    cycles: int,
+    *,
+    processes: int | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Totals:
+    """Run all seeds, on every processor if not told on how many. `say` is told of the progress."""
     totals = Totals()
-    jobs = min(len(seeds), os.cpu_count() or 1)
+    jobs = min(len(seeds), processes or os.cpu_count() or 1)
     # A fresh interpreter for each process: a copy of pytest's, threads and all, may deadlock.
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         runs = pool.map(simulate, seeds, [cycles] * len(seeds), chunksize=5)

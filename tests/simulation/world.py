@@ -28,7 +28,12 @@ from reconciler.spec import Fleet
 from reconciler.state import GatewayView, Health, Job, JobKey, Memory, Probe
 from tests.simulation.cluster import USER, Cluster, Engine, SimJob
 from tests.simulation.gateways import Configuration, SimGateway
-from tests.simulation.timeline import Timeline
+from tests.simulation.timeline import START, Timeline
+
+# munge's credentials are refused if they seem older, or newer, than that: seen on 24.11.
+MOST_SKEW_S = 300.0
+# The reconciler's host has been up for so long when a run begins.
+BOOTED_BEFORE_S = 5_000.0
 
 
 class Killed(BaseException):
@@ -72,10 +77,6 @@ class Watch:
     def changed(self) -> None:
         """A gateway is about to be changed."""
 
-    def too_late(self, gateway: SimGateway, slow: Configuration) -> bool:
-        """Whether a late reload is not to come, as nothing could be right after it."""
-        return not (gateway and slow)
-
     def rerouted(self, gateway: SimGateway, before: Configuration | None) -> None:
         """A gateway runs another configuration."""
 
@@ -97,13 +98,14 @@ class SimWorld:
         self.boundaries: Counter[str] = Counter()  # where the reconciler was killed
         self.crash_in: int | None = None  # boundaries to go
         self.clock_offset_s = 0.0
-        self.clock_jumped_at = 0.0  # when it last jumped forward
         self.lied = False  # the last listing was no good, and said so to nobody
         self.cut_until = 0.0  # no probe leaves the reconciler's host until then
         self.images = {"one": 1, "two": 1}
         self.image_missing_until = {"one": 0.0, "two": 0.0}
         self.disk_full_until = 0.0
-        self.memory = Memory()
+        self.memory = Memory()  # as the disk has it
+        self.unsaved: Memory | None = None  # as the reconciler's process has it, if that differs
+        self.memory_aged_at = 0.0  # when a process ended with what it could not save
         self.submitted: SimJob | None = None
 
     @property
@@ -115,6 +117,7 @@ class SimWorld:
             gateways=SimGateways(self),
             images=SimImages(self),
             store=SimStore(self),
+            booted_at=lambda: START - BOOTED_BEFORE_S + self.clock_offset_s,
         )
 
     def clock(self) -> float:
@@ -123,9 +126,12 @@ class SimWorld:
 
     def set_clock(self, offset_s: float) -> None:
         """Let the clock of the reconciler's host jump; Slurm's and the nodes' clocks are right."""
-        if offset_s > self.clock_offset_s:
-            self.clock_jumped_at = self.timeline.now
         self.clock_offset_s = offset_s
+
+    @property
+    def slurm_answers(self) -> bool:
+        """Whether slurmctld is up, and takes what this host says when as true."""
+        return self.cluster.up and abs(self.clock_offset_s) <= MOST_SKEW_S
 
     def strikes(self, fault: str) -> bool:
         """Whether an armed fault strikes now; it strikes once."""
@@ -149,6 +155,10 @@ class SimWorld:
 
     def _kill(self, where: str) -> None:
         self.boundaries[where] += 1
+        if self.unsaved is not None:
+            self.unsaved, self.memory_aged_at = None, self.timeline.now
+            for job in self.cluster.jobs.values():
+                job.remembered = job.saved
         raise Killed(where)
 
     @contextmanager
@@ -171,7 +181,7 @@ class SimSlurm:
         world = self.world
         with world.call("jobs"):
             first = world.cycle.calls["jobs"] == 1
-            if not world.cluster.up or world.strikes("listing_fails"):
+            if not world.slurm_answers or world.strikes("listing_fails"):
                 raise SlurmUnavailable("squeue gave no answer in 20 s")
             mark = "|mark|"
             text = self._text(mark)
@@ -213,7 +223,7 @@ class SimSlurm:
 
     def nodes(self) -> Mapping[str, str]:
         with self.world.call("nodes"):
-            if not self.world.cluster.up or self.world.strikes("nodes_fail"):
+            if not self.world.slurm_answers or self.world.strikes("nodes_fail"):
                 raise SlurmUnavailable("sinfo gave no answer in 20 s")
             return self.world.cluster.words()
 
@@ -236,7 +246,7 @@ class SimSlurm:
         with world.call("submit"):
             if "SIM_BEHAVIOUR=rejected" in script:
                 raise SubmitRejected("sbatch: Invalid account")
-            if not world.cluster.up:
+            if not world.slurm_answers:
                 raise SubmitUnknown("sbatch: Unable to contact slurm controller")
             if world.strikes("submit_rejected"):
                 raise SubmitRejected("sbatch: Invalid qos specification")
@@ -261,7 +271,7 @@ class SimSlurm:
     def drain(self, job: JobRef) -> None:
         world = self.world
         with world.call("drain"):
-            if not world.cluster.up or world.strikes("drain_fails"):
+            if not world.slurm_answers or world.strikes("drain_fails"):
                 raise SlurmUnavailable("scancel gave no answer in 20 s")
             found = world.cluster.jobs.get(job.id)
             world.watch.told(job, found)
@@ -274,7 +284,7 @@ class SimSlurm:
     def cancel(self, job: JobRef, *, pending: bool) -> None:
         world = self.world
         with world.call("cancel"):
-            if not world.cluster.up or world.strikes("cancel_fails"):
+            if not world.slurm_answers or world.strikes("cancel_fails"):
                 raise SlurmUnavailable("scancel gave no answer in 20 s")
             found = world.cluster.jobs.get(job.id)
             world.watch.cancelled(job, found, pending=pending)
@@ -387,10 +397,11 @@ class SimGateways:
             before = gateway.swap(files)
             world.boundary("inside change")
             if world.strikes("change_slow"):
-                # The script waits 10 s, puts the link back and says so; the reload comes later.
-                slow = gateway.linked
+                # The script waits 10 s, puts the link back and says so; the reload may come later.
+                self._finish_reload(gateway)
+                gateway.slow = slow = gateway.linked
                 world.timeline.after(
-                    world.random.uniform(5, 25), lambda: self._reload_late(gateway, slow)
+                    world.random.uniform(5, 25), lambda: self._finish_reload(gateway, slow)
                 )
                 world.timeline.advance(10.0)
                 if gateway.linked == gateway.running:
@@ -402,6 +413,7 @@ class SimGateways:
                 raise GatewayFailed(f"gateway {name}: no answer in 30 s")
 
     def _reload(self, gateway: SimGateway) -> None:
+        self._finish_reload(gateway)  # NGINX does one after the other
         world, before = self.world, gateway.running
         uploads_s = streams_s = 0.0
         if world.strikes("change_lingers"):
@@ -410,10 +422,12 @@ class SimGateways:
         gateway.reload(uploads_s=uploads_s, streams_s=streams_s)
         world.watch.rerouted(gateway, before)
 
-    def _reload_late(self, gateway: SimGateway, slow: Configuration | None) -> None:
-        """A reload that NGINX was asked for and did late: it runs what was linked then."""
-        if slow is None or self.world.watch.too_late(gateway, slow):
+    def _finish_reload(self, gateway: SimGateway, slow: Configuration | None = None) -> None:
+        """Do a reload that NGINX was asked for before: it runs what was linked then."""
+        slow = slow or gateway.slow
+        if slow is None or slow is not gateway.slow:
             return
+        gateway.slow = None
         now_linked, before = gateway.linked, gateway.running
         gateway.linked = slow
         gateway.reload(uploads_s=0.0, streams_s=0.0)
@@ -449,18 +463,22 @@ class SimStore:
     def load(self) -> Memory:
         with self.world.call("load"):
             if self.world.strikes("memory_lost"):
-                self.world.memory = Memory()
+                self.world.memory, self.world.unsaved = Memory(), None
                 self.world.cycle.hidden = True
                 for job in self.world.cluster.jobs.values():
-                    job.remembered = False
-            return self.world.memory
+                    job.remembered = job.saved = False
+            return self.world.unsaved or self.world.memory
 
     def save(self, memory: Memory) -> None:
+        """Like SqliteStore: what can't be written is known as long as this process lives."""
         world = self.world
         with world.call("save"):
+            world.unsaved = memory
+            self._remember()
             self._refuse_if_full()
-            world.memory = memory
-            self.remember()
+            world.memory, world.unsaved = memory, None
+            for job in world.cluster.jobs.values():
+                job.saved = job.remembered
 
     def intend(self, at: float, action: Action) -> int:
         assert at > 0
@@ -480,8 +498,8 @@ class SimStore:
         if self.world.timeline.now < self.world.disk_full_until:
             raise StateFailed("memory.json can't be written: No space left on device")
 
-    def remember(self) -> None:
-        """Mark which jobs a later look can miss: those that it was shown before it was saved."""
+    def _remember(self) -> None:
+        """Mark which jobs a later look can miss: those that were shown before memory was kept."""
         cycle = self.world.cycle
         if not cycle.believable:
             return

@@ -116,6 +116,34 @@ def test_R31_clock_that_is_set_back_stops_no_timer() -> None:
     assert learnt.failures["m.r"].last_at == back
 
 
+@pytest.mark.parametrize("jump_s", [-100_000, -90, 90, 100_000])
+def test_R31_clock_that_jumps_moves_every_timer_along(jump_s: int) -> None:
+    """Ten seconds later every timer is ten seconds older, whatever the clock says by then."""
+    booted_at = AT - 1_000_000
+    before = replace(observation(ONE, healths={1: Health.STARTING}), at=AT, booted_at=booted_at)
+    memory = replace(
+        learn(NOTHING, before),
+        drains={ONE.key: DrainClock(since=AT - 30, idle_since=AT - 20)},
+        failures={"m.r": Failures(count=1, last_at=AT - 40, counted=frozenset())},
+    )
+    now = AT + jump_s + 10
+    after = replace(before, at=now, booted_at=booted_at + jump_s)
+    learnt = learn(memory, after)
+    assert learnt.drains[ONE.key].since == now - 40
+    assert learnt.failures["m.r"].last_at == now - 50
+    assert learn(learnt, replace(after, at=now + 5)).drains[ONE.key].since == now - 40
+
+
+def test_R31_clock_that_is_kept_right_by_small_steps_costs_no_write() -> None:
+    """Less than a second is no jump; what adds up to one is."""
+    booted_at = AT - 1_000
+    memory = learn(NOTHING, replace(observation(ONE), at=AT, booted_at=booted_at))
+    assert memory.booted_at == booted_at
+    steps = (0.4, 0.8, 1.2)
+    looks = [replace(observation(ONE), at=AT, booted_at=booted_at + step) for step in steps]
+    assert [learn(memory, look).booted_at for look in looks] == [booted_at] * 2 + [booted_at + 1.2]
+
+
 @pytest.mark.parametrize("changes", [{"jobs": None}, {"jobs": None, "gateways": ()}])
 def test_R01_without_a_listing_nothing_is_learnt(changes: dict[str, Any]) -> None:
     """A look that failed leaves the memory as it was."""

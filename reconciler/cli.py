@@ -6,12 +6,13 @@ Heavy imports (HTTP, validation) stand in the commands that need them, so that `
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -158,14 +159,17 @@ def apply(
     timeout: str,
     interval: float,
 ) -> None:
-    """Run one cycle; with --wait, cycles until nothing is left to do or to wait for."""
+    """Run one cycle; with --wait, cycles until nothing is left to do or to wait for.
+
+    Told to end (TERM or Ctrl-C), it finishes what has begun and exits with 1 if that was not all.
+    """
     timeout_s = _seconds(timeout)
     fleet, world = _load(spec, state_dir)
     from reconciler.cycle import cycle
     from reconciler.render import plan_text
 
     progress = _Progress(quiet=as_json)
-    with world.store.locked():
+    with world.store.locked(), _ending() as ending:
         while True:
             outcome = cycle(
                 fleet,
@@ -174,15 +178,19 @@ def apply(
                 commit=_commit(spec),
                 say=progress.say,
                 allow_destroy=frozenset(allow_destroy),
+                told_to_end=ending.told,
             )
             progress.show(outcome)
             if not wait or outcome.plan.converged or progress.elapsed_s >= timeout_s:
                 break
-            time.sleep(_pause_s(outcome, interval))
+            ending.pause(_pause_s(outcome, interval))
+            if ending.told():
+                break
     if as_json or not wait:
         _show(outcome.plan, plan_text, as_json)
     if wait and not outcome.plan.converged:
-        raise FleetError(f"not as the spec says after {timeout}: {progress.waiting(outcome)}")
+        when = "when told to end" if ending.told() else f"after {timeout}"
+        raise FleetError(f"not as the spec says {when}: {progress.waiting(outcome)}")
     if outcome.errors:
         sys.exit(1)
     _exit_unless_observed(outcome.plan)
@@ -193,18 +201,18 @@ def apply(
 @_state_dir
 @click.option("--interval", type=_INTERVAL, default=10.0, show_default=True, help=_INTERVAL_HELP)
 def run(spec: Path, state_dir: Path | None, interval: float) -> None:
-    """Repeat the cycle until told to end (TERM or Ctrl-C); the spec is read anew each time."""
+    """Repeat the cycle until told to end (TERM or Ctrl-C); the spec is read anew each time.
+
+    Told to end, it finishes what has begun and exits with 0; told twice, it ends at once.
+    """
     fleet, world = _load(spec, state_dir)
     ours = fleet.fleet
     from reconciler.cycle import cycle
 
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     progress = _Progress(quiet=False)
     store = world.store
-    with store.locked():
-        while not stop.is_set():
+    with store.locked(), _ending() as ending:
+        while not ending.told():
             pause_s = interval
             try:
                 fleet, world = _load(spec, state_dir)
@@ -213,14 +221,19 @@ def run(spec: Path, state_dir: Path | None, interval: float) -> None:
                     raise FleetError(f"the spec now names the fleet {fleet.fleet}, not {ours}")
                 world = replace(world, store=store)  # it holds the lock and the open file
                 outcome = cycle(
-                    fleet, world, at=time.time(), commit=_commit(spec), say=progress.say
+                    fleet,
+                    world,
+                    at=time.time(),
+                    commit=_commit(spec),
+                    say=progress.say,
+                    told_to_end=ending.told,
                 )
                 progress.show(outcome)
                 pause_s = _pause_s(outcome, interval)
             except FleetError as error:
                 # A checkout in progress or a full disk passes; the gateway serves meanwhile.
                 progress.say(f"nothing done in this cycle: {error}")
-            stop.wait(pause_s)
+            ending.pause(pause_s)
 
 
 @main.command()
@@ -325,6 +338,44 @@ def _state_folder(fleet: "Fleet", state_dir: Path | None) -> Path:
 
 def _warn(text: str) -> None:
     click.echo(f"fleet: {text}", err=True)
+
+
+class _Ending:
+    """Whether this process was told to end, and pauses that end when it is."""
+
+    def __init__(self) -> None:
+        self._told = False
+        # Not an Event: its lock may be held by the very thread that runs the signal's handler.
+        self._reader, self._writer = os.pipe()
+
+    def told(self) -> bool:
+        return self._told
+
+    def pause(self, seconds: float) -> None:
+        select.select([self._reader], [], [], seconds)
+
+    def tell(self, number: int) -> None:
+        self._told = True
+        os.write(self._writer, b".")
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+    def close(self) -> None:
+        os.close(self._reader)
+        os.close(self._writer)
+
+
+@contextmanager
+def _ending() -> Iterator[_Ending]:
+    """Listen to TERM and Ctrl-C until the block's end."""
+    ending = _Ending()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda n, _: ending.tell(n)) for number in numbers]
+    try:
+        yield ending
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+        ending.close()
 
 
 class _Progress:

@@ -1,6 +1,6 @@
 """One cycle: look, remember, plan, act."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from reconciler.adapters.ports import ImagePin
@@ -38,8 +38,12 @@ def cycle(
     commit: str | None,
     say: Say,
     allow_destroy: frozenset[str] = frozenset(),
+    told_to_end: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-    """Run one cycle at the time `at` (epoch seconds). The caller holds the lock."""
+    """Run one cycle at the time `at` (epoch seconds). The caller holds the lock.
+
+    Once `told_to_end` is true, what has begun is finished and written down, and no more begins.
+    """
     observation, pins = observe(fleet, world, at)
     memory = learn(world.store.load(), observation)
     decided = plan(fleet, observation, memory, allow_destroy)
@@ -49,5 +53,5 @@ def cycle(
     except StateFailed as error:
         # Lost memory costs caution only; not healing the fleet would cost requests.
         errors.append(f"memory: {error}")
-    errors += execute(decided, fleet, world, pins, commit=commit, say=say)
+    errors += execute(decided, fleet, world, pins, commit=commit, say=say, told_to_end=told_to_end)
     return Outcome(plan=decided, errors=tuple(errors))

@@ -18,6 +18,8 @@ class World:
     gateways: Gateways
     images: Images
     store: Store
+    # Calls that change something, side by side. Slurm's rate limiter takes bursts of 30 a user.
+    at_once: int = 8
 
 
 def observe(fleet: Fleet, world: World, at: float) -> tuple[Observation, Mapping[str, ImagePin]]:

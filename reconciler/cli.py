@@ -33,6 +33,8 @@ _EXIT_CHANGES = 2
 _EXIT_UNOBSERVED = 4
 # One line at least this often while waiting, so that nobody wonders.
 _HEARTBEAT_S = 10.0
+# How often a followed log is looked at.
+_FOLLOW_S = 0.5
 
 _INTERVAL = click.FloatRange(0.1, 3600)
 _INTERVAL_HELP = "Seconds between cycles."
@@ -276,6 +278,42 @@ def explain(spec: Path, name: str, as_json: bool, state_dir: Path | None) -> Non
         raise FleetError(f'no model or replica "{name}" is known; the models are {models}')
     click.echo(json.dumps(record, indent=2) if as_json else explain_text(record))
     _exit_unless_observed(decided)
+
+
+@main.command()
+@_spec
+@click.argument("name", metavar="REPLICA_OR_MODEL")
+@_as_json
+@click.option(
+    "--lines", default=100, show_default=True, type=click.IntRange(min=1), help="How many."
+)
+@click.option("--follow", "-f", is_flag=True, help="Go on with what is added, until Ctrl-C.")
+def logs(spec: Path, name: str, as_json: bool, lines: int, follow: bool) -> None:
+    """Print the end of a job's log: of this replica, or of this model's newest job.
+
+    It is read from the spec's log_dir, so this must run where that is mounted.
+    """
+    if as_json and follow:
+        raise click.UsageError("--json and --follow exclude each other")
+    from reconciler.adapters.logs import last_lines, newest_log, read_on
+    from reconciler.render import log_text
+    from reconciler.spec import load_fleet
+
+    fleet = load_fleet(spec)
+    log = newest_log(Path(fleet.slurm.log_dir), fleet.fleet, name)
+    text, position = last_lines(log, lines)
+    if as_json:
+        record = {"name": str(log.name), "job_id": log.job_id, "file": str(log.path)}
+        click.echo(json.dumps({**record, "lines": text.splitlines()}, indent=2))
+        return
+    click.echo(f"{log.path}:", err=True)
+    with _ending() as ending:
+        click.echo(log_text(text), nl=False)
+        while follow and not ending.told():
+            text, position = read_on(log, position)
+            click.echo(log_text(text), nl=False)
+            if not text:
+                ending.pause(_FOLLOW_S)
 
 
 @main.command()

@@ -9,6 +9,7 @@
     ├── SubmitUnknown          Slurm may have accepted: look again before submitting that name
     ├── GatewayFailed          a gateway kept its last configuration: it still serves
     ├── LockHeld               another reconciler is at work on this fleet
+    ├── LogMissing               a job's log can't be shown: look where it is, or later
     └── StateFailed            the memory's file can't be read or written
 """
 
@@ -63,3 +64,7 @@ class LockHeld(FleetError):
 
 class StateFailed(FleetError):
     """The memory's file can't be read or written."""
+
+
+class LogMissing(FleetError):
+    """A job's log is not there yet, or can't be read on this host."""

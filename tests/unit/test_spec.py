@@ -288,7 +288,7 @@ YAML: dict[str, tuple[str | bytes, str]] = {
     "tag-of-a-string": ("a: !!str 1\n", "1:4: a tag (!...) has no meaning here; remove it"),
     "mapping-as-a-key": ("? {a: b}\n: 1\n", "1:3: a key must be a plain word"),
     "anchor-given-twice": ("a: &a 1\nb: &a 2\n", "2:4: YAML syntax: the anchor &a is given twice"),
-    "mapping-as-a-key": ("a: 1\n? {b: 1}\n: 2\n", "2:3: a key must be a plain word"),
+    "mapping-as-a-later-key": ("a: 1\n? {b: 1}\n: 2\n", "2:3: a key must be a plain word"),
     "sequence-as-a-key": ("? [b, {c: 1}]\n: [2]\na: 1\n", "1:3: a key must be a plain word"),
     "undefined-alias": ("a: *b\n", "1:4: YAML syntax: found undefined alias"),
     "alias-bomb": (

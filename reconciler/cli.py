@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from reconciler import __version__
-from reconciler.errors import FleetError, SpecError
+from reconciler.errors import FleetError, PlanDiffers, SpecError
 
 if TYPE_CHECKING:
     from reconciler.cycle import Outcome
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from reconciler.plan import Plan
     from reconciler.spec import Fleet
 
-# Exit codes, docs/architecture.md: 0 done, 1 error, 2 changes, 4 something could not be observed.
+# Exit codes, docs/architecture.md: 0 done, 1 error, and:
 _EXIT_CHANGES = 2
+_EXIT_DIFFERS = 3
 _EXIT_UNOBSERVED = 4
 # One line at least this often while waiting, so that nobody wonders.
 _HEARTBEAT_S = 10.0
@@ -62,13 +63,15 @@ class _OneLineErrors(click.Group):
             return super().invoke(ctx)
         except SpecError as error:
             _fail(str(error))
+        except PlanDiffers as error:
+            _fail(f"fleet: {error}", _EXIT_DIFFERS)
         except FleetError as error:
             _fail(f"fleet: {error}")
 
 
-def _fail(text: str) -> NoReturn:
+def _fail(text: str, status: int = 1) -> NoReturn:
     click.echo(text, err=True)
-    sys.exit(1)
+    sys.exit(status)
 
 
 @click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
@@ -149,6 +152,12 @@ def status(spec: Path, as_json: bool, state_dir: Path | None) -> None:
 @_as_json
 @_state_dir
 @_allow_destroy
+@click.option(
+    "--expect",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Do nothing, and exit with 3, unless the actions are those of this `plan --json`.",
+)
 @click.option("--wait", is_flag=True, help="Go on until the fleet is as the spec says.")
 @click.option("--timeout", default="30m", show_default=True, help="Of --wait: 90s, 30m, 2h.")
 @click.option("--interval", type=_INTERVAL, default=2.0, show_default=True, help=_INTERVAL_HELP)
@@ -157,6 +166,7 @@ def apply(
     as_json: bool,
     state_dir: Path | None,
     allow_destroy: tuple[str, ...],
+    expect: Path | None,
     wait: bool,
     timeout: str,
     interval: float,
@@ -167,6 +177,7 @@ def apply(
     """
     timeout_s = _seconds(timeout)
     fleet, world = _load(spec, state_dir)
+    reviewed = None if expect is None else _reviewed(expect, fleet)
     from reconciler.cycle import cycle
     from reconciler.render import plan_text
 
@@ -180,8 +191,10 @@ def apply(
                 commit=_commit(spec),
                 say=progress.say,
                 allow_destroy=frozenset(allow_destroy),
+                reviewed=reviewed,
                 told_to_end=ending.told,
             )
+            reviewed = None  # what follows from the first step is done as it comes
             progress.show(outcome)
             if not wait or outcome.plan.converged or progress.elapsed_s >= timeout_s:
                 break
@@ -367,6 +380,23 @@ def _load(spec: Path, state_dir: Path | None) -> "tuple[Fleet, World]":
         images=ImageFolder(),
         store=SqliteStore(_state_folder(fleet, state_dir), _warn),
     )
+
+
+def _reviewed(file: Path, fleet: "Fleet") -> "Plan":
+    """Read what `plan --json` wrote for this fleet."""
+    from pydantic import ValidationError
+
+    from reconciler.plan import from_json
+
+    try:
+        plan = from_json(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FleetError(f"{file} can't be read: {error.strerror}") from None
+    except (UnicodeDecodeError, ValidationError):
+        raise FleetError(f"{file} is not what `fleet plan --json` of this version writes") from None
+    if plan.fleet != fleet.fleet:
+        raise FleetError(f"{file} is a plan of the fleet {plan.fleet}, not {fleet.fleet}")
+    return plan
 
 
 def _state_folder(fleet: "Fleet", state_dir: Path | None) -> Path:

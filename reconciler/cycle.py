@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from reconciler.adapters.ports import ImagePin
-from reconciler.errors import StateFailed
+from reconciler.errors import PlanDiffers, StateFailed
 from reconciler.execute import Say, execute
 from reconciler.memory import learn, remember
 from reconciler.observe import World, observe
-from reconciler.plan import Plan
+from reconciler.plan import Plan, differences
 from reconciler.planner import plan
 from reconciler.spec import Fleet
 
@@ -38,15 +38,20 @@ def cycle(
     commit: str | None,
     say: Say,
     allow_destroy: frozenset[str] = frozenset(),
+    reviewed: Plan | None = None,
     told_to_end: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Run one cycle at the time `at` (epoch seconds). The caller holds the lock.
 
+    Raises PlanDiffers, and does nothing, unless the actions are those of the `reviewed` plan.
     Once `told_to_end` is true, what has begun is finished and written down, and no more begins.
     """
     observation, pins = observe(fleet, world, at)
     memory = learn(world.store.load(), observation)
     decided = plan(fleet, observation, memory, allow_destroy)
+    differ = differences(reviewed, decided) if reviewed is not None else None
+    if differ is not None:
+        raise PlanDiffers(f"the plan is not the reviewed one, nothing was done: {differ}")
     errors = []
     try:
         world.store.save(remember(memory, decided))

@@ -17,7 +17,7 @@ from reconciler.adapters.ports import ImagePin, Result, Slurm, Store
 from reconciler.batch import batch_script
 from reconciler.errors import FleetError, SlurmUnavailable, StateFailed, SubmitUnknown
 from reconciler.observe import World
-from reconciler.plan import Action, Cancel, Drain, JobRef, Plan, Route, Submit
+from reconciler.plan import Action, Cancel, Drain, JobRef, Plan, Route, Submit, title
 from reconciler.routes import render_gateway
 from reconciler.spec import Fleet
 from reconciler.state import JobKey
@@ -72,7 +72,7 @@ def execute(
             for line in it.said:
                 say(line)
             if error is not None:
-                errors[it.at] = f"{_title(it.action)}: {error}"
+                errors[it.at] = f"{title(it.action)}: {error}"
     lines = [errors[at] for at in sorted(errors)]
     if begun < total:
         left = total - begun
@@ -217,13 +217,3 @@ def _verify(job: JobRef, present: Mapping[JobKey, str]) -> None:
     """Slurm reuses ids: end a job only if id, submit time, name and user still agree."""
     if present.get(job.key) != str(job.name):
         raise FleetError("the job is not there any more; looking again in the next cycle")
-
-
-def _title(action: Action) -> str:
-    match action:
-        case Submit():
-            return f"submit {action.name}"
-        case Route():
-            return f"route to {', '.join(action.gateways)}"
-        case Drain() | Cancel():
-            return f"{action.kind} {action.job.name}"

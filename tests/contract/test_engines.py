@@ -1,5 +1,6 @@
 """What a probe makes of a replica's address: asked of real sockets, hosts and engines."""
 
+import asyncio
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from threading import Thread
 
 import pytest
 
+from reconciler.adapters import engine
 from reconciler.adapters.engine import HttpEngines, parse_metrics
 from reconciler.naming import Comment, ReplicaName, Run
 from reconciler.state import Health, Job, Probe
@@ -98,6 +100,26 @@ def test_R11_five_hundred_replicas_that_answer_are_all_ready(replica: Job) -> No
     probes = HttpEngines().probe(jobs, [job.key for job in jobs])
     assert {(probe.health, probe.detail) for probe in probes.values()} == {(Health.READY, "")}
     assert len(probes) == 500
+
+
+def test_R11_no_more_replicas_are_asked_at_once_than_can_be_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A probe has its time from its own turn on: what others take of the thread is not counted."""
+    under_way, most = 0, 0
+
+    async def probe(*_: object) -> Probe:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(0)
+        under_way -= 1
+        return Probe(health=Health.READY)
+
+    monkeypatch.setattr(engine, "_probe", probe)
+    jobs = [_job("127.0.0.1:1", job_id) for job_id in range(1000)]
+    assert len(HttpEngines().probe(jobs, ())) == 1000
+    assert most == engine._AT_ONCE
 
 
 @contextmanager

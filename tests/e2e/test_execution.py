@@ -63,3 +63,18 @@ def test_R05_told_to_end_amid_submissions_leaves_no_orphan_and_no_lock(
     # Nothing is locked, what was submitted is adopted, and the rest comes.
     fleet.run("apply")
     assert len({job[1] for job in fleet.jobs()}) == len(fleet.jobs()) == REPLICAS
+
+
+def test_a_plan_that_was_reviewed_is_done_and_no_other(fleet: Fleet) -> None:
+    """The world moves on between review and apply: exit code 3, one line, and nothing submitted."""
+    reviewed = fleet.lab.shared / "plan.json"
+    reviewed.write_text(fleet.run("plan", "--json"))
+    apply = fleet.command("apply", "--expect", "/shared/plan.json")
+    fleet.edit("replicas: 2", "replicas: 1")
+    refused = fleet.lab.run("login", apply, check=False)
+    assert refused.returncode == 3
+    assert "nothing was done: gone: submit demo.tiny." in refused.stderr
+    assert fleet.jobs() == []
+    fleet.edit("replicas: 1", "replicas: 2")
+    assert fleet.lab.run("login", apply, check=False).returncode == 0
+    assert len(fleet.jobs()) == 2

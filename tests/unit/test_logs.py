@@ -42,15 +42,15 @@ def invoke(*arguments: object) -> Result:
 
 def test_log_of_a_model_is_that_of_its_newest_job(spec: Path) -> None:
     """The highest job id, as a number; other models, fleets and files are nothing to it."""
-    write(spec, "demo.tiny.0123abcd.0.9.log", "old\n")
-    write(spec, "demo.tiny.89abcdef.1.10.log", "new\n")
+    write(spec, "demo.tiny.89abcdef.1.9.log", "old\n")
+    write(spec, "demo.tiny.0123abcd.0.10.log", "new\n")
     for other in (
         *("demo.big.0123abcd.0.99.log", "prod.tiny.0123abcd.0.99.log", "tiny.log", "notes"),
         *("demo.tiny.0123abcd.0.99.log.old", "demo.tiny.0123abcd.0.x.log", "demo.tiny.0.99.log"),
     ):
         write(spec, other, "other\n")
     assert invoke(spec, "tiny").stdout == "new\n"
-    assert invoke(spec, "demo.tiny.0123abcd.0").stdout == "old\n"
+    assert invoke(spec, "demo.tiny.89abcdef.1").stdout == "old\n"
 
 
 def test_log_shows_its_last_lines_as_asked(spec: Path) -> None:

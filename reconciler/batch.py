@@ -12,7 +12,7 @@ from importlib.resources import files
 
 from pydantic import TypeAdapter, ValidationError
 
-from reconciler.naming import submit_comment
+from reconciler.naming import LOG_NAME, submit_comment
 from reconciler.plan import Submit
 from reconciler.spec import Fleet, Image, Model
 from reconciler.state import Recipe
@@ -89,7 +89,7 @@ def _sbatch_lines(fleet: Fleet, model: Model, submit: Submit, comment: str) -> I
         "dependency": "singleton",
         # sbatch's parser takes single quotes; a comment of ours holds none (naming.py).
         "comment": f"'{comment}'",
-        "output": f"'{slurm.log_dir}/%x.%j.log'",
+        "output": f"'{slurm.log_dir}/{LOG_NAME}'",
     }
     for option, value in options.items():
         if value is not None:

@@ -7,12 +7,13 @@ import json
 import os
 import pwd
 import re
+import select
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from reconciler import __version__
-from reconciler.errors import FleetError, SpecError
+from reconciler.errors import FleetError, PlanDiffers, SpecError
 
 if TYPE_CHECKING:
     from reconciler.cycle import Outcome
@@ -30,13 +31,16 @@ if TYPE_CHECKING:
     from reconciler.spec import Fleet
     from reconciler.state import Orders
 
-# Exit codes, docs/architecture.md: 0 done, 1 error, 2 changes, 4 something could not be observed.
+# Exit codes, docs/architecture.md: 0 done, 1 error, and:
 _EXIT_CHANGES = 2
+_EXIT_DIFFERS = 3
 _EXIT_UNOBSERVED = 4
 # One line at least this often while waiting, so that nobody wonders.
 _HEARTBEAT_S = 10.0
 # Long enough for every drain, short enough that next month's mistake is caught again.
 _ALLOWED_S = 3600.0
+# How often a followed log is looked at.
+_FOLLOW_S = 0.5
 
 _INTERVAL = click.FloatRange(0.1, 3600)
 _INTERVAL_HELP = "Seconds between cycles."
@@ -64,13 +68,15 @@ class _OneLineErrors(click.Group):
             return super().invoke(ctx)
         except SpecError as error:
             _fail(str(error))
+        except PlanDiffers as error:
+            _fail(f"fleet: {error}", _EXIT_DIFFERS)
         except FleetError as error:
             _fail(f"fleet: {error}")
 
 
-def _fail(text: str) -> NoReturn:
+def _fail(text: str, status: int = 1) -> NoReturn:
     click.echo(text, err=True)
-    sys.exit(1)
+    sys.exit(status)
 
 
 @click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
@@ -154,6 +160,12 @@ def status(spec: Path, as_json: bool, state_dir: Path | None) -> None:
 @_as_json
 @_state_dir
 @_allow_destroy
+@click.option(
+    "--expect",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Do nothing, and exit with 3, unless the actions are those of this `plan --json`.",
+)
 @click.option("--wait", is_flag=True, help="Go on until the fleet is as the spec says.")
 @click.option("--timeout", default="30m", show_default=True, help="Of --wait: 90s, 30m, 2h.")
 @click.option("--interval", type=_INTERVAL, default=2.0, show_default=True, help=_INTERVAL_HELP)
@@ -162,29 +174,38 @@ def apply(
     as_json: bool,
     state_dir: Path | None,
     allow_destroy: tuple[str, ...],
+    expect: Path | None,
     wait: bool,
     timeout: str,
     interval: float,
 ) -> None:
-    """Run one cycle; with --wait, cycles until nothing is left to do or to wait for."""
+    """Run one cycle; with --wait, cycles until nothing is left to do or to wait for.
+
+    Told to end (TERM or Ctrl-C), it finishes what has begun and exits with 1 if that was not all.
+    """
     timeout_s = _seconds(timeout)
     fleet, world = _load(spec, state_dir)
+    reviewed = None if expect is None else _reviewed(expect, fleet)
     from reconciler.render import plan_text
 
     if allow_destroy:
         _allow(fleet, state_dir, allow_destroy)
     progress = _Progress(quiet=as_json)
-    with world.store.locked():
+    with world.store.locked(), _ending() as ending:
         while True:
-            outcome = _cycle(fleet, world, spec, state_dir, progress)
+            outcome = _cycle(fleet, world, spec, state_dir, progress, ending, reviewed)
+            reviewed = None  # what follows from the first step is done as it comes
             progress.show(outcome)
             if not wait or outcome.plan.converged or progress.elapsed_s >= timeout_s:
                 break
-            time.sleep(_pause_s(outcome, interval))
+            ending.pause(_pause_s(outcome, interval))
+            if ending.told():
+                break
     if as_json or not wait:
         _show(outcome.plan, plan_text, as_json)
     if wait and not outcome.plan.converged:
-        raise FleetError(f"not as the spec says after {timeout}: {progress.waiting(outcome)}")
+        when = "when told to end" if ending.told() else f"after {timeout}"
+        raise FleetError(f"not as the spec says {when}: {progress.waiting(outcome)}")
     if outcome.errors:
         sys.exit(1)
     _exit_unless_observed(outcome.plan)
@@ -195,16 +216,16 @@ def apply(
 @_state_dir
 @click.option("--interval", type=_INTERVAL, default=10.0, show_default=True, help=_INTERVAL_HELP)
 def run(spec: Path, state_dir: Path | None, interval: float) -> None:
-    """Repeat the cycle until told to end (TERM or Ctrl-C); the spec is read anew each time."""
+    """Repeat the cycle until told to end (TERM or Ctrl-C); the spec is read anew each time.
+
+    Told to end, it finishes what has begun and exits with 0; told twice, it ends at once.
+    """
     fleet, world = _load(spec, state_dir)
     ours = fleet.fleet
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     progress = _Progress(quiet=False)
     store = world.store
-    with store.locked():
-        while not stop.is_set():
+    with store.locked(), _ending() as ending:
+        while not ending.told():
             pause_s = interval
             try:
                 fleet, world = _load(spec, state_dir)
@@ -212,13 +233,13 @@ def run(spec: Path, state_dir: Path | None, interval: float) -> None:
                     # Its jobs would be nobody's, and the lock is for the old name.
                     raise FleetError(f"the spec now names the fleet {fleet.fleet}, not {ours}")
                 world = replace(world, store=store)  # it holds the lock and the open file
-                outcome = _cycle(fleet, world, spec, state_dir, progress)
+                outcome = _cycle(fleet, world, spec, state_dir, progress, ending)
                 progress.show(outcome)
                 pause_s = _pause_s(outcome, interval)
             except FleetError as error:
                 # A checkout in progress or a full disk passes; the gateway serves meanwhile.
                 progress.say(f"nothing done in this cycle: {error}")
-            stop.wait(pause_s)
+            ending.pause(pause_s)
 
 
 @main.command()
@@ -328,6 +349,42 @@ def explain(spec: Path, name: str, as_json: bool, state_dir: Path | None) -> Non
 
 @main.command()
 @_spec
+@click.argument("name", metavar="REPLICA_OR_MODEL")
+@_as_json
+@click.option(
+    "--lines", default=100, show_default=True, type=click.IntRange(min=1), help="How many."
+)
+@click.option("--follow", "-f", is_flag=True, help="Go on with what is added, until Ctrl-C.")
+def logs(spec: Path, name: str, as_json: bool, lines: int, follow: bool) -> None:
+    """Print the end of a job's log: of this replica, or of this model's newest job.
+
+    It is read from the spec's log_dir, so this must run where that is mounted.
+    """
+    if as_json and follow:
+        raise click.UsageError("--json and --follow exclude each other")
+    from reconciler.adapters.logs import last_lines, newest_log, read_on
+    from reconciler.render import log_text
+    from reconciler.spec import load_fleet
+
+    fleet = load_fleet(spec)
+    log = newest_log(Path(fleet.slurm.log_dir), fleet.fleet, name)
+    text, position = last_lines(log, lines)
+    if as_json:
+        record = {"name": str(log.name), "job_id": log.job_id, "file": str(log.path)}
+        click.echo(json.dumps({**record, "lines": text.splitlines()}, indent=2))
+        return
+    click.echo(f"{log.path}:", err=True)
+    with _ending() as ending:
+        click.echo(log_text(text), nl=False)
+        while follow and not ending.told():
+            text, position = read_on(log, position)
+            click.echo(log_text(text), nl=False)
+            if not text:
+                ending.pause(_FOLLOW_S)
+
+
+@main.command()
+@_spec
 @click.argument("model")
 def render(spec: Path, model: str) -> None:
     """Print the batch script of a model's next replica; nothing is submitted."""
@@ -380,8 +437,31 @@ def _load(spec: Path, state_dir: Path | None) -> "tuple[Fleet, World]":
     )
 
 
+def _reviewed(file: Path, fleet: "Fleet") -> "Plan":
+    """Read what `plan --json` wrote for this fleet."""
+    from pydantic import ValidationError
+
+    from reconciler.plan import from_json
+
+    try:
+        plan = from_json(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FleetError(f"{file} can't be read: {error.strerror}") from None
+    except (UnicodeDecodeError, ValidationError):
+        raise FleetError(f"{file} is not what `fleet plan --json` of this version writes") from None
+    if plan.fleet != fleet.fleet:
+        raise FleetError(f"{file} is a plan of the fleet {plan.fleet}, not {fleet.fleet}")
+    return plan
+
+
 def _cycle(
-    fleet: "Fleet", world: "World", spec: Path, state_dir: Path | None, progress: "_Progress"
+    fleet: "Fleet",
+    world: "World",
+    spec: Path,
+    state_dir: Path | None,
+    progress: "_Progress",
+    ending: "_Ending",
+    reviewed: "Plan | None" = None,
 ) -> "Outcome":
     from reconciler.cycle import cycle
 
@@ -394,6 +474,8 @@ def _cycle(
         say=progress.say,
         allow_destroy=orders.allow_destroy(at),
         pauses=orders.pauses,
+        reviewed=reviewed,
+        told_to_end=ending.told,
     )
 
 
@@ -447,6 +529,44 @@ def _state_folder(fleet: "Fleet", state_dir: Path | None) -> Path:
 
 def _warn(text: str) -> None:
     click.echo(f"fleet: {text}", err=True)
+
+
+class _Ending:
+    """Whether this process was told to end, and pauses that end when it is."""
+
+    def __init__(self) -> None:
+        self._told = False
+        # Not an Event: its lock may be held by the very thread that runs the signal's handler.
+        self._reader, self._writer = os.pipe()
+
+    def told(self) -> bool:
+        return self._told
+
+    def pause(self, seconds: float) -> None:
+        select.select([self._reader], [], [], seconds)
+
+    def tell(self, number: int) -> None:
+        self._told = True
+        os.write(self._writer, b".")
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+    def close(self) -> None:
+        os.close(self._reader)
+        os.close(self._writer)
+
+
+@contextmanager
+def _ending() -> Iterator[_Ending]:
+    """Listen to TERM and Ctrl-C until the block's end."""
+    ending = _Ending()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda n, _: ending.tell(n)) for number in numbers]
+    try:
+        yield ending
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+        ending.close()
 
 
 class _Progress:

@@ -1,15 +1,15 @@
 """One cycle: look, remember, plan, act."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from reconciler.adapters.ports import ImagePin
 from reconciler.batch import read_recipe
-from reconciler.errors import SlurmUnavailable, StateFailed
+from reconciler.errors import PlanDiffers, SlurmUnavailable, StateFailed
 from reconciler.execute import Say, execute
 from reconciler.memory import learn, remember
 from reconciler.observe import World, observe
-from reconciler.plan import Cancel, Drain, Plan, Status
+from reconciler.plan import Cancel, Drain, Plan, Status, differences
 from reconciler.planner import plan
 from reconciler.spec import Fleet
 from reconciler.state import Memory, Pause, Recipe
@@ -73,12 +73,21 @@ def cycle(
     say: Say,
     allow_destroy: frozenset[str] = frozenset(),
     pauses: Sequence[Pause] = (),
+    reviewed: Plan | None = None,
+    told_to_end: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-    """Run one cycle at the time `at` (epoch seconds). The caller holds the lock."""
+    """Run one cycle at the time `at` (epoch seconds). The caller holds the lock.
+
+    Raises PlanDiffers, and does nothing, unless the actions are those of the `reviewed` plan.
+    Once `told_to_end` is true, what has begun is finished and written down, and no more begins.
+    """
     memory = world.store.load()
     observation, pins = observe(fleet, world, at, memory)
     memory = learn(memory, observation)
     decided = plan(fleet, observation, memory, allow_destroy, pauses)
+    differ = differences(reviewed, decided) if reviewed is not None else None
+    if differ is not None:
+        raise PlanDiffers(f"the plan is not the reviewed one, nothing was done: {differ}")
     ours = [*recipes(fleet, pins, commit), *_recovered(decided, memory, world)]
     memory = remember(memory, decided, ours)
     errors = []
@@ -87,5 +96,6 @@ def cycle(
     except StateFailed as error:
         # Lost memory costs caution only; not healing the fleet would cost requests.
         errors.append(f"memory: {error}")
-    errors += execute(decided, fleet, world, [*memory.kept.values(), *ours], say=say)
+    known = [*memory.kept.values(), *ours]
+    errors += execute(decided, fleet, world, known, say=say, told_to_end=told_to_end)
     return Outcome(plan=decided, errors=tuple(errors))

@@ -9,6 +9,8 @@
     ├── SubmitUnknown          Slurm may have accepted: look again before submitting that name
     ├── GatewayFailed          a gateway kept its last configuration: it still serves
     ├── LockHeld               another reconciler is at work on this fleet
+    ├── PlanDiffers              the plan is not the reviewed one: review again, exit code 3
+    ├── LogMissing               a job's log can't be shown: look where it is, or later
     └── StateFailed            the memory's file can't be read or written
 """
 
@@ -63,3 +65,11 @@ class LockHeld(FleetError):
 
 class StateFailed(FleetError):
     """The memory's file can't be read or written."""
+
+
+class PlanDiffers(FleetError):
+    """The plan is not the one that was reviewed; nothing was done."""
+
+
+class LogMissing(FleetError):
+    """A job's log is not there yet, or can't be read on this host."""

@@ -1,21 +1,30 @@
-"""Performs a plan's actions in order; one model's error does not stop the others.
+"""Performs a plan's actions, phase by phase; one model's error does not stop the others.
 
-Each action is written into the journal before it is done and after.
+A phase is a run of actions of one kind; the next begins when all of it has ended. Each action is
+written into the journal before it is done and after, by the calling thread; the calls themselves
+run a bounded number at once.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+from typing import TypeVar
 
-from reconciler.adapters.ports import Gateways, Result, Slurm, Store
+from reconciler.adapters.ports import Result, Slurm, Store
 from reconciler.batch import batch_script
 from reconciler.errors import FleetError, SlurmUnavailable, StateFailed, SubmitUnknown
 from reconciler.observe import World
-from reconciler.plan import Action, Cancel, Drain, JobRef, Plan, Route, Submit
+from reconciler.plan import Action, Cancel, Drain, JobRef, Plan, Route, Submit, title
 from reconciler.routes import render_gateway
 from reconciler.spec import Fleet
 from reconciler.state import JobKey, Recipe
 
 Say = Callable[[str], None]
+K = TypeVar("K")
+T = TypeVar("T")
 
 # A cycle ends: what was seen at its beginning must not be acted on for much longer than this.
 DEADLINE_S = 120.0
@@ -29,35 +38,90 @@ def execute(
     *,
     say: Say,
     clock: Callable[[], float] = time.monotonic,
+    told_to_end: Callable[[], bool] = lambda: False,
 ) -> list[str]:
     """Perform the plan; return one line for each action that failed. Never raises FleetError.
 
     A journal that can't be written is one line more, and stops nothing. What has not begun by the
-    deadline is left for the next cycle, which looks again first.
+    deadline, or when `told_to_end` says so, is left for the next cycle, which looks again first.
     """
     deadline = clock() + DEADLINE_S
     known = {(recipe.model.name, recipe.revision): recipe for recipe in recipes}
     present = _present(plan.actions, fleet, world.slurm)
     journal = _Journal(world.store, plan.at)
-    errors = []
-    for at, action in enumerate(plan.actions):
-        if clock() >= deadline:
-            left = len(plan.actions) - at
-            total = len(plan.actions)
-            errors.append(
-                f"{left} of {total} actions left for the next cycle: this one took too long"
-            )
-            break
-        intent = journal.intend(action)
-        try:
-            done = _perform(action, fleet, world, known, present, say)
-        except FleetError as error:
-            errors.append(f"{_title(action)}: {error}")
-            unknown = isinstance(error, SubmitUnknown)
-            journal.conclude(intent, Result.UNKNOWN if unknown else Result.FAILED, str(error))
-        else:
-            journal.conclude(intent, Result.DONE, done)
-    return errors + journal.errors
+    total, begun = len(plan.actions), 0
+    left_because: str | None = None
+    errors: dict[int, str] = {}
+
+    def begin(phase: Iterable[tuple[int, Action]]) -> Iterator[tuple[_Begun, Callable[[], str]]]:
+        nonlocal begun, left_because
+        for at, action in phase:
+            if told_to_end():
+                left_because = "told to end"
+            elif clock() >= deadline:
+                left_because = "this one took too long"
+            if left_because is not None:
+                return
+            begun += 1
+            it = _Begun(at, action, journal.intend(action))
+            yield it, partial(_perform, action, fleet, world, known, present, it.said.append)
+
+    for _, phase in groupby(enumerate(plan.actions), key=lambda item: item[1].kind):
+        for it, ended in _side_by_side(world.at_once, begin(phase)):
+            error = _conclude(it, ended, journal)
+            for line in it.said:
+                say(line)
+            if error is not None:
+                errors[it.at] = f"{title(it.action)}: {error}"
+    lines = [errors[at] for at in sorted(errors)]
+    if begun < total:
+        left = total - begun
+        lines.append(f"{left} of {total} actions left for the next cycle: {left_because}")
+    return lines + journal.errors
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """An action that has begun: its place in the plan, its intent, and what is to be told of it."""
+
+    at: int
+    action: Action
+    intent: int | None
+    said: list[str] = field(default_factory=list)
+
+
+def _side_by_side(
+    at_once: int, calls: Iterable[tuple[K, Callable[[], T]]]
+) -> Iterator[tuple[K, Future[T]]]:
+    """Yield each call's key and result as it ends; at most `at_once` are under way.
+
+    A call is drawn, on this thread, only when it can begin, and what has ended was yielded before:
+    with `at_once` 1 this is a plain loop. An error of a call is its future's.
+    """
+    under_way: dict[Future[T], K] = {}
+
+    def ended() -> Iterator[tuple[K, Future[T]]]:
+        for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+            yield under_way.pop(future), future
+
+    with ThreadPoolExecutor(at_once) as pool:
+        for key, call in calls:
+            under_way[pool.submit(call)] = key
+            if len(under_way) == at_once:
+                yield from ended()
+        while under_way:
+            yield from ended()
+
+
+def _conclude(it: _Begun, ended: Future[str], journal: "_Journal") -> FleetError | None:
+    """Write down how an action ended; return its error, if any."""
+    try:
+        journal.conclude(it.intent, Result.DONE, ended.result())
+    except FleetError as error:
+        unknown = isinstance(error, SubmitUnknown)
+        journal.conclude(it.intent, Result.UNKNOWN if unknown else Result.FAILED, str(error))
+        return error
+    return None
 
 
 class _Journal:
@@ -116,7 +180,7 @@ def _perform(
             say(f"submitted {action.name} as job {job_id}")
             return f"job {job_id}"
         case Route():
-            _route(action, fleet, world.gateways, say)
+            _route(action, fleet, world, say)
             return f"generation {action.generation}"
         case Drain():
             _verify(action.job, present)
@@ -129,33 +193,24 @@ def _perform(
     return ""
 
 
-def _route(action: Route, fleet: Fleet, gateways: Gateways, say: Say) -> None:
+def _route(action: Route, fleet: Fleet, world: World, say: Say) -> None:
     files = render_gateway(fleet, action.targets)
-    failed = []
-    for name in action.gateways:
+    calls = ((name, partial(world.gateways.change, name, files)) for name in action.gateways)
+    failed = {}
+    for name, ended in _side_by_side(world.at_once, calls):
         try:
-            gateways.change(name, files)
+            ended.result()
         except FleetError as error:
-            failed.append(str(error))
+            failed[name] = str(error)
         else:
             count = len(action.targets)
             replicas = f"{count} replica{'' if count == 1 else 's'}"
             say(f"gateway {name} runs generation {files.generation}: {replicas}")
     if failed:
-        raise FleetError("; ".join(failed))
+        raise FleetError("; ".join(failed[name] for name in action.gateways if name in failed))
 
 
 def _verify(job: JobRef, present: Mapping[JobKey, str]) -> None:
     """Slurm reuses ids: end a job only if id, submit time, name and user still agree."""
     if present.get(job.key) != str(job.name):
         raise FleetError("the job is not there any more; looking again in the next cycle")
-
-
-def _title(action: Action) -> str:
-    match action:
-        case Submit():
-            return f"submit {action.name}"
-        case Route():
-            return f"route to {', '.join(action.gateways)}"
-        case Drain() | Cancel():
-            return f"{action.kind} {action.job.name}"

@@ -14,6 +14,8 @@ LABEL = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
 _NAME = re.compile(rf"({LABEL})\.({LABEL})\.([0-9a-f]{{8}})\.(0|[1-9][0-9]{{0,5}})")
 
 COMMENT_VERSION = 1
+# A job's log by sbatch's own words: its name and its id.
+LOG_NAME = "%x.%j.log"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -36,6 +38,15 @@ def parse_name(text: str) -> ReplicaName | None:
         return None
     fleet, model, revision, ordinal = match.groups()
     return ReplicaName(fleet=fleet, model=model, revision=revision, ordinal=int(ordinal))
+
+
+def parse_log_name(text: str) -> tuple[ReplicaName, int] | None:
+    """Return the replica and the job id of a log file's name, as LOG_NAME makes it, or None."""
+    name, _, job_id = text.removesuffix(".log").rpartition(".")
+    replica = parse_name(name)
+    if replica is None or not text.endswith(".log") or not re.fullmatch("[0-9]{1,15}", job_id):
+        return None
+    return replica, int(job_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,8 @@ class World:
     images: Images
     store: Store
     booted_at: Callable[[], float] = booted_at
+    # Calls that change something, side by side. Slurm's rate limiter takes bursts of 30 a user.
+    at_once: int = 8
 
 
 def observe(

@@ -1,7 +1,8 @@
 """The plan: what to do now, in order, and what is not done although it differs. JSON both ways."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Annotated, Literal
 
@@ -212,6 +213,8 @@ class Plan:
 
 
 _ADAPTER = TypeAdapter(Plan)
+# Differences named in one line.
+_SHOWN = 3
 
 
 def to_json(plan: Plan) -> str:
@@ -222,6 +225,47 @@ def to_json(plan: Plan) -> str:
 def from_json(text: str) -> Plan:
     """Return the plan that `to_json` wrote. Raises pydantic.ValidationError for anything else."""
     return _ADAPTER.validate_json(text)
+
+
+def title(action: Action) -> str:
+    """Return an action in a few words: what is done, and to whom."""
+    match action:
+        case Submit():
+            return f"submit {action.name}"
+        case Route():
+            return f"route to {', '.join(action.gateways)}"
+        case Drain() | Cancel():
+            return f"{action.kind} {action.job.name}"
+
+
+def differences(reviewed: Plan, now: Plan) -> str | None:
+    """Return in one line how the actions of two plans differ, None if they don't.
+
+    Their order says nothing, and neither do a submission's walltime and excluded nodes: those
+    follow from the clock. A route's generation counts: it is what the gateways would run.
+    """
+    was, are = (Counter(map(_essence, plan.actions)) for plan in (reviewed, now))
+    gone = [title(action) for action in (was - are).elements()]
+    new = [title(action) for action in (are - was).elements()]
+    changed = [what for what in new if what in gone]
+    parts = {
+        "changed": changed,
+        "new": [what for what in new if what not in changed],
+        "gone": [what for what in gone if what not in changed],
+    }
+    return "; ".join(f"{how}: {_some(what)}" for how, what in parts.items() if what) or None
+
+
+def _essence(action: Action) -> Action:
+    if isinstance(action, Submit):
+        return replace(action, walltime_s=None, exclude=())
+    return action
+
+
+def _some(texts: Sequence[str]) -> str:
+    """Return the first few, and how many more there are."""
+    more = len(texts) - _SHOWN
+    return ", ".join(texts[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def summary(plan: Plan) -> Mapping[str, int]:

@@ -136,6 +136,11 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def log_text(text: str) -> str:
+    """Return a log's text with its lines and tabs, and nothing else that moves a cursor."""
+    return "".join(c if c in "\n\t" else _plain(c) for c in text)
+
+
 def _plain(text: str) -> str:
     """Return text without what would move a terminal's cursor: some of it comes from outside."""
     return "".join(c if c.isprintable() else "?" for c in text)

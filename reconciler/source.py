@@ -20,7 +20,7 @@ Path = tuple[str | int, ...]
 
 # The values of a few thousand models stay below this; an alias bomb does not.
 _MAX_VALUES = 100_000
-# A spec is some ten levels deep. libyaml's composer recurses in C, where too deep is a crash.
+# A spec is some ten levels deep.
 _MAX_DEPTH = 100
 
 # Python refuses to write more than 4,300 digits; so long a number is a mistake anyway.
@@ -54,33 +54,14 @@ class Source:
 
 def parse(file: str, text: str) -> Source:
     """Return the value of a YAML text. Mistakes come back as `problems`, never as an exception."""
-    reader = _Reader(file)
+    reader = _Reader(file, yaml.parse(text, Loader=yaml.CSafeLoader))
     try:
-        refusals = tuple(_refusals(file, text))
-        if refusals:
-            return Source(file, None, problems=refusals)
-        node = yaml.compose(text, Loader=yaml.CSafeLoader)
-        value = None if node is None else reader.read(node, ())
+        value = reader.document()
+    except _TooDeep as error:
+        return Source(file, None, problems=(error.problem,))
     except yaml.YAMLError as error:
         return Source(file, None, problems=(_syntax_problem(file, text, error),))
-    except RecursionError:  # an alias inside its own anchor
-        return Source(file, None, problems=(Problem(file, 1, 1, "nested too deeply"),))
     return Source(file, value, reader.positions, tuple(reader.problems))
-
-
-def _refusals(file: str, text: str) -> Iterator[Problem]:
-    """Yield what the composer would crash on, or silently take for something else."""
-    depth = 0
-    for event in yaml.parse(text, Loader=yaml.CSafeLoader):
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        if depth > _MAX_DEPTH:
-            yield Problem(file, *_position(event), "nested too deeply")
-            return
-        if getattr(event, "tag", None) is not None:
-            yield Problem(file, *_position(event), "a tag (!...) has no meaning here; remove it")
 
 
 def _syntax_problem(file: str, text: str, error: yaml.YAMLError) -> Problem:
@@ -97,51 +78,131 @@ def _syntax_problem(file: str, text: str, error: yaml.YAMLError) -> Problem:
     return Problem(file, 1, 1, "YAML syntax: not valid YAML")
 
 
-class _Reader:
-    """Turns composed nodes into values; one per file."""
+class _TooDeep(Exception):
+    """A text is nested too deeply."""
 
-    def __init__(self, file: str) -> None:
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+
+
+class _Reader:
+    """Turns a parser's events into values; one per file.
+
+    Not PyYAML's composer: it recurses in C, where too deep is a crash, it takes a tag for what it
+    makes of a value without one, and it costs as much again as parsing.
+    """
+
+    def __init__(self, file: str, events: Iterator[Any]) -> None:
         self.file = file
         self.positions: dict[Path, tuple[int, int]] = {}
         self.problems: list[Problem] = []
+        self._parser = events
+        self._events: list[Any] = []  # as far as they were read; aliases go back among them
+        self._at = 0
+        self._anchors: dict[str, int] = {}  # name -> where its value begins among the events
         self._count = 0
 
-    def read(self, node: yaml.Node, path: Path) -> Any:
-        self.positions.setdefault(path, _position(node))
-        self._count += 1
-        if self._count > _MAX_VALUES:
-            raise yaml.MarkedYAMLError(problem="too many values", problem_mark=node.start_mark)
-        if isinstance(node, yaml.MappingNode):
-            return self._mapping(node, path)
-        if isinstance(node, yaml.SequenceNode):
-            return [self.read(item, (*path, at)) for at, item in enumerate(node.value)]
-        assert isinstance(node, yaml.ScalarNode)  # noqa: S101 - the third and last kind of node
-        return self._scalar(node)
-
-    def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
-        value: dict[str, Any] = {}
-        for key, item in self._pairs(node):
-            if key.value in value:
-                self._problem(key, f"{shown(key.value)} is given twice; keep one")
-                continue
-            # The key's position: it is what a reader looks for when told of `replicas`.
-            self.positions[(*path, key.value)] = _position(key)
-            value[key.value] = self.read(item, (*path, key.value))
+    def document(self) -> Any:
+        """Return the one document's value, None for an empty text. Raises YAMLError."""
+        self._next()  # the stream's start
+        if isinstance(self._next(), yaml.StreamEndEvent):
+            return None
+        value = self._value(())
+        self._next()  # the document's end
+        more = self._next()
+        if not isinstance(more, yaml.StreamEndEvent):
+            raise _error("but found another document", more)
         return value
 
-    def _pairs(self, node: yaml.MappingNode) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
-        for key, item in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                yield key, item
-            else:
+    def _peek(self) -> Any:
+        if self._at == len(self._events):
+            self._events.append(next(self._parser))
+        return self._events[self._at]
+
+    def _next(self) -> Any:
+        event = self._peek()
+        self._at += 1
+        return event
+
+    def _value(self, path: Path) -> Any:
+        event = self._next()
+        if isinstance(event, yaml.AliasEvent):
+            return self._again(event, path)
+        self._look_at(event)
+        self.positions.setdefault(path, _position(event))
+        self._count += 1
+        if self._count > _MAX_VALUES:
+            raise _error("too many values", event)
+        if isinstance(event, yaml.ScalarEvent):
+            text: str = event.value
+            return text if event.style else core_scalar(text)  # quoted or a block: always text
+        if len(path) >= _MAX_DEPTH:
+            raise _TooDeep(Problem(self.file, *_position(event), "nested too deeply"))
+        if isinstance(event, yaml.MappingStartEvent):
+            return self._mapping(path)
+        return self._sequence(path)
+
+    def _again(self, alias: yaml.AliasEvent, path: Path) -> Any:
+        """Read the value of an anchor where its alias stands."""
+        if alias.anchor not in self._anchors:
+            raise _error("found undefined alias", alias)
+        goes_on, self._at = self._at, self._anchors[alias.anchor]
+        value = self._value(path)
+        self._at = goes_on
+        return value
+
+    def _look_at(self, event: Any) -> None:
+        """Remember an event's anchor and refuse its tag."""
+        here = self._at - 1
+        if event.anchor is not None and self._anchors.setdefault(event.anchor, here) != here:
+            raise _error(f"the anchor &{event.anchor} is given twice", event)
+        if event.tag is not None:
+            self._problem(event, "a tag (!...) has no meaning here; remove it")
+
+    def _sequence(self, path: Path) -> list[Any]:
+        value: list[Any] = []
+        while not isinstance(self._peek(), yaml.SequenceEndEvent):
+            value.append(self._value((*path, len(value))))
+        self._at += 1
+        return value
+
+    def _mapping(self, path: Path) -> dict[str, Any]:
+        value: dict[str, Any] = {}
+        while not isinstance(key := self._peek(), yaml.MappingEndEvent):
+            word = self._key()
+            if word is None:
                 self._problem(key, "a key must be a plain word")
+                self._value(path)
+            elif word in value:
+                self._problem(key, f"{shown(word)} is given twice; keep one")
+                self._value(path)
+            else:
+                inner = (*path, word)
+                # The key's position: it is what a reader looks for when told of `replicas`.
+                self.positions[inner] = _position(key)
+                value[word] = self._value(inner)
+        self._at += 1
+        return value
 
-    def _scalar(self, node: yaml.ScalarNode) -> Any:
-        text: str = node.value
-        return text if node.style else core_scalar(text)  # quoted or a block: always text
+    def _key(self) -> str | None:
+        """Return a key's text, None for a key that has none."""
+        key = self._peek()
+        if isinstance(key, yaml.AliasEvent) and key.anchor in self._anchors:
+            self._at += 1
+            key = self._events[self._anchors[key.anchor]]
+        elif isinstance(key, yaml.ScalarEvent):
+            self._at += 1
+            self._look_at(key)
+        else:
+            self._value(())
+        return str(key.value) if isinstance(key, yaml.ScalarEvent) else None
 
-    def _problem(self, node: yaml.Node, message: str) -> None:
-        self.problems.append(Problem(self.file, *_position(node), message))
+    def _problem(self, event: Any, message: str) -> None:
+        self.problems.append(Problem(self.file, *_position(event), message))
+
+
+def _error(message: str, event: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=message, problem_mark=event.start_mark)
 
 
 def core_scalar(text: str) -> Any:
@@ -176,6 +237,6 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f'; did you mean "{close[0]}"?' if close else ""
 
 
-def _position(part: yaml.Node | yaml.Event) -> tuple[int, int]:
-    mark = part.start_mark
+def _position(event: Any) -> tuple[int, int]:
+    mark = event.start_mark
     return (1, 1) if mark is None else (mark.line + 1, mark.column + 1)

@@ -66,7 +66,12 @@ class NginxGateways:
         argv = local if host.ssh is None else [*_SSH, "--", host.ssh, shlex.join(local)]
         try:
             done = subprocess.run(
-                argv, input=stdin, capture_output=True, timeout=_TIMEOUT_S, check=False
+                argv,
+                input=stdin,
+                capture_output=True,
+                timeout=_TIMEOUT_S,
+                check=False,
+                process_group=0,  # Ctrl-C is for us: what has begun is finished
             )
         except subprocess.TimeoutExpired:
             raise GatewayFailed(f"gateway {host.name}: no answer in {_TIMEOUT_S:g} s") from None

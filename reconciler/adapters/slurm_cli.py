@@ -116,6 +116,7 @@ class SlurmCli:
                 encoding="utf-8",
                 errors="replace",
                 check=False,
+                process_group=0,  # Ctrl-C is for us: what has begun is finished
             )
         except FileNotFoundError:
             raise SlurmUnavailable(f"{argv[0]} is not on PATH: run fleet on a login node") from None

@@ -1,11 +1,15 @@
 """What a probe makes of a replica's address: asked of real sockets, hosts and engines."""
 
+import asyncio
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from threading import Thread
 
 import pytest
 
+from reconciler.adapters import engine
 from reconciler.adapters.engine import HttpEngines, parse_metrics
 from reconciler.naming import Comment, ReplicaName, Run
 from reconciler.state import Health, Job, Probe
@@ -88,6 +92,84 @@ def test_R11_fifty_hung_endpoints_are_all_silent() -> None:
         probes = HttpEngines().probe(jobs, ())
     assert {probe.health for probe in probes.values()} == {Health.SILENT}
     assert len(probes) == 50
+
+
+def test_R11_five_hundred_replicas_that_answer_are_all_ready(replica: Job) -> None:
+    """Nobody's clock runs while others are asked: a large fleet is not taken for a silent one."""
+    jobs = [replace(replica, submitted_at=at) for at in range(500)]
+    probes = HttpEngines().probe(jobs, [job.key for job in jobs])
+    assert {(probe.health, probe.detail) for probe in probes.values()} == {(Health.READY, "")}
+    assert len(probes) == 500
+
+
+def test_R11_no_more_replicas_are_asked_at_once_than_can_be_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A probe has its time from its own turn on: what others take of the thread is not counted."""
+    under_way, most = 0, 0
+
+    async def probe(*_: object) -> Probe:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(0)
+        under_way -= 1
+        return Probe(health=Health.READY)
+
+    monkeypatch.setattr(engine, "_probe", probe)
+    jobs = [_job("127.0.0.1:1", job_id) for job_id in range(1000)]
+    assert len(HttpEngines().probe(jobs, ())) == 1000
+    assert most == engine._AT_ONCE
+
+
+@contextmanager
+def _answering(answer: bytes) -> Iterator[str]:
+    """Something at an address that reads a request, sends these bytes and closes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65536)
+                try:
+                    connection.sendall(answer)
+                except OSError:
+                    return  # it has had enough
+
+        thread = Thread(target=serve)
+        thread.start()
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+        thread.join()
+
+
+_OK = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "detail"),
+    [
+        (b"", "not an answer of an engine: RemoteDisconnected"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "not an answer of an engine: BadStatusLine"),
+        (b"HTTP/1.1 500 Oh\r\n\r\n", "not an answer of an engine: HTTPException"),
+        (_OK + b"Content-Length: 20\r\n\r\n{}", "not an answer of an engine: IncompleteRead"),
+        (_OK + b"\r\n[1]", "not an answer of an engine: TypeError"),
+        (_OK + b"\r\n" + b"[" * 100_000, "not an answer of an engine: RecursionError"),
+        (_OK + b"\r\n" + b" " * (5 << 20), "not an answer of an engine: ValueError"),
+    ],
+    ids=["nothing", "another protocol", "an error", "cut short", "a list", "nested", "endless"],
+)
+def test_probe_of_what_is_no_engine_is_sick_and_says_why(answer: bytes, detail: str) -> None:
+    """Whatever answers there, the probe ends and no other is disturbed."""
+    with _answering(answer) as address:
+        assert _probe(_job(address)) == Probe(health=Health.SICK, detail=detail)
+
+
+def test_probe_reads_an_answer_in_chunks() -> None:
+    """Starlette sends some answers so; what it is then said to serve was read."""
+    body = b'{"data":[{"id":"else"}]}'
+    chunks = b"8\r\n%s\r\n%x\r\n%s\r\n0\r\n\r\n" % (body[:8], len(body) - 8, body[8:])
+    with _answering(_OK + b"Transfer-Encoding: chunked\r\n\r\n" + chunks) as address:
+        assert _probe(_job(address)) == Probe(health=Health.IMPOSTOR, detail="it serves else")
 
 
 def test_R30_ongoing_is_read_from_a_recorded_scrape_of_real_vllm() -> None:

@@ -341,6 +341,9 @@ def test_missing_weights_end_the_job_with_their_own_status(fleet: Fleet) -> None
     assert "ExitCode=66:0" in shown
     logs = [log.read_text() for log in (fleet.lab.shared / "logs").iterdir()]
     assert all("/shared/no-such-model is not on this node: provision" in log for log in logs)
+    shown = fleet.run("logs", "tiny", "--lines", "1")
+    assert "demo.tiny." in shown
+    assert "/shared/no-such-model is not on this node: provision" in shown
 
 
 def test_R25_a_job_that_crashes_fast_backs_off_visibly(fleet: Fleet) -> None:

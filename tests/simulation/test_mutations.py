@@ -280,7 +280,7 @@ MUTATIONS: Mapping[Break, frozenset[int]] = {
     nameless: frozenset({3}),
     gone_models_forgotten: frozenset({0}),
     draining_forgotten: frozenset({3}),
-    foreign_adopted: frozenset({4}),
+    foreign_adopted: frozenset({0, 4}),
     budget_ignored: frozenset({5}),
     ending_ones_are_free: frozenset({5}),
     unproven_routed: frozenset({6}),

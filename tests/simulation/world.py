@@ -118,6 +118,7 @@ class SimWorld:
             images=SimImages(self),
             store=SimStore(self),
             booted_at=lambda: START - BOOTED_BEFORE_S + self.clock_offset_s,
+            at_once=1,  # one order of things, so that a seed is one run
         )
 
     def clock(self) -> float:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from threading import Barrier, Lock, get_ident
 from typing import Any
 
 import pytest
@@ -45,6 +46,7 @@ class FakeWorld:
     done: list[str] = field(default_factory=list)
     scripts: Mapping[int, str] = field(default_factory=dict)
     journal: "FakeJournal" = field(default_factory=lambda: FakeJournal())
+    at_once: int = 1  # in the plan's order, so that a test can say what was done when
 
     def _do(self, what: str) -> None:
         if what in self.fail:
@@ -60,6 +62,7 @@ class FakeWorld:
             engines=unused,
             images=unused,
             store=self.journal,
+            at_once=self.at_once,
         )
 
     def jobs(self, fleet: str) -> Listing:
@@ -225,6 +228,95 @@ def test_actions_past_the_deadline_are_left_for_the_next_cycle() -> None:
     )
     assert errors == ["1 of 3 actions left for the next cycle: this one took too long"]
     assert len(fake.done) == 2
+
+
+@dataclass
+class Together(FakeWorld):
+    """A world in which no call of a phase ends before `at_once` of that phase have begun."""
+
+    most: int = 0
+    _under_way: int = 0
+    _lock: Any = field(default_factory=Lock)
+    _all: Any = None
+
+    def __post_init__(self) -> None:
+        self._all = Barrier(self.at_once)
+
+    def _do(self, what: str) -> None:
+        if what.startswith("list"):
+            super()._do(what)
+            return
+        with self._lock:
+            self._under_way += 1
+            self.most = max(self.most, self._under_way)
+        try:
+            # Broken, and so an error of the action, unless the others come.
+            self._all.wait(timeout=30)
+            super()._do(what)
+        finally:
+            with self._lock:
+                self._under_way -= 1
+
+
+def test_actions_of_a_phase_are_under_way_side_by_side_and_no_more_than_allowed() -> None:
+    """As many as allowed at once, never more; the gateways of one route too."""
+    [submit, *_] = plan(FLEET, observation(), Memory()).actions
+    assert isinstance(submit, Submit)
+    submits = [replace(submit, name=replace(submit.name, ordinal=at)) for at in range(6)]
+    fake = Together(live=(ONE, TWO), at_once=2)
+    decided = made(*submits, to(ONE), drain(ONE), drain(TWO), cancel(ONE), cancel(TWO))
+    assert perform(decided, fake) == []
+    assert fake.most == 2
+    phases = [what.split()[0] for what in fake.done]
+    assert phases == ["list", *6 * ["submit"], *2 * ["change"], *2 * ["drain"], *2 * ["cancel"]]
+
+
+def test_journal_and_words_stay_on_the_calling_thread() -> None:
+    """SQLite's connection is one thread's; each action has its intent and its outcome."""
+
+    class Here(FakeJournal):
+        def _write(self, row: str) -> None:
+            super()._write(f"{row} on {get_ident()}")
+
+    submits = plan(FLEET, observation(), Memory()).actions
+    fake, threads = Together(journal=Here(), at_once=3), list[int]()
+    assert perform(made(*submits), fake, lambda _: threads.append(get_ident())) == []
+    assert {row.split(" on ")[1] for row in fake.journal.rows} == {str(get_ident())}
+    assert threads == 3 * [get_ident()]
+    intents = [row for row in fake.journal.rows if "intended" in row]
+    assert len(intents) == 3
+    assert len(fake.journal.rows) == 6
+
+
+def test_failures_side_by_side_are_told_in_the_order_of_the_plan() -> None:
+    """Whichever ends first: the lines are the same, and what did not fail is done."""
+    submits = plan(FLEET, observation(), Memory()).actions
+    fails: dict[str, FleetError] = {
+        f"submit demo.tiny.{REV}.{at}": SubmitRejected("sbatch: no") for at in (0, 1)
+    }
+    fake = Together(fail=fails, at_once=3)
+    assert perform(made(*submits), fake) == [
+        f"submit demo.tiny.{REV}.{at}: sbatch: no" for at in (0, 1)
+    ]
+    assert fake.done == [f"submit demo.other.{revision(FLEET, 'other')}.0"]
+
+
+def test_R05_told_to_end_finishes_what_has_begun_and_begins_no_more() -> None:
+    """What has begun gets its outcome; what has not is one line, and no later phase begins."""
+    submits = plan(FLEET, observation(), Memory()).actions
+    fake = Together(live=(ONE,), at_once=2)
+    errors = execute(
+        made(*submits, to(ONE), drain(ONE)),
+        FLEET,
+        fake.world(),
+        RECIPES,
+        say=lambda _: None,
+        told_to_end=lambda: bool(fake.journal.rows[1:]),  # while the second begins
+    )
+    assert errors == ["3 of 5 actions left for the next cycle: told to end"]
+    assert len(fake.done) == 3
+    outcomes = [row for row in fake.journal.rows if "intended" not in row]
+    assert [" ".join(row.split()[1:2]) for row in outcomes] == ["done,", "done,"]
 
 
 def test_R04_submission_of_unknown_outcome_is_not_repeated() -> None:

@@ -283,10 +283,13 @@ YAML: dict[str, tuple[str | bytes, str]] = {
     "two-documents": ("a: 1\n---\nb: 2\n", "2:1: YAML syntax: "),
     "deep-nesting": ("a: " + "[" * 200_000, "1:103: nested too deeply"),
     "deep-blocks": ("".join(" " * n + "a:\n" for n in range(200)), "101:101: nested too deeply"),
-    "alias-in-itself": ("a: &a [*a]\n", "1:1: nested too deeply"),
+    "alias-in-itself": ("a: &a [*a]\n", "1:4: nested too deeply"),
     "tag": ("a: !!python/object/apply:os.system [x]\n", "1:4: a tag (!...) has no meaning here"),
     "tag-of-a-string": ("a: !!str 1\n", "1:4: a tag (!...) has no meaning here; remove it"),
     "mapping-as-a-key": ("? {a: b}\n: 1\n", "1:3: a key must be a plain word"),
+    "anchor-given-twice": ("a: &a 1\nb: &a 2\n", "2:4: YAML syntax: the anchor &a is given twice"),
+    "mapping-as-a-later-key": ("a: 1\n? {b: 1}\n: 2\n", "2:3: a key must be a plain word"),
+    "sequence-as-a-key": ("? [b, {c: 1}]\n: [2]\na: 1\n", "1:3: a key must be a plain word"),
     "undefined-alias": ("a: *b\n", "1:4: YAML syntax: found undefined alias"),
     "alias-bomb": (
         "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"

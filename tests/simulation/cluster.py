@@ -111,7 +111,6 @@ class SimJob:
     cancelled_at: float | None = None
     final: str = ""  # what it is once it is no longer COMPLETING
     requeued: bool = False  # COMPLETING, and then it waits again
-    relaunched: bool = False  # it was so once
 
     @property
     def key(self) -> tuple[int, int]:
@@ -371,7 +370,7 @@ class Cluster:
         Until the node is known to be down, or answers, it is COMPLETING, and counted as restarted.
         """
         job.ends_at = int(self._timeline.now)
-        job.state, job.requeued, job.relaunched = "COMPLETING", True, True
+        job.state, job.requeued = "COMPLETING", True
         job.restarts += 1
         if self._has_power(job):
             self.put_back(job)

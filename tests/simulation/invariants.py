@@ -30,7 +30,6 @@ KNOWN_GAPS = {
     "stale memory": "while the disk is full an old memory is read: its drain clocks ended long ago",
     "unreadable": "a job whose comment can't be read counts as many GPUs as the spec says now",
     "endless": "a release that is refused, or starts and never serves, is tried again at once",
-    "relaunched": "a job that ends on a dead node as its launch failed waits again, uncounted",
     "intents": "jobs that no saved memory knows can vanish from a listing unnoticed",
 }
 
@@ -122,7 +121,6 @@ class Invariants(Watch):
             self._counted_gpus(job)
             for job in self._world.cluster.ours
             if job is not new and job.listed and not self._on_dead_node(job)
-            if not (job.relaunched and self.excused("relaunched"))
         )
         self._submitted_gpus += new.gpus
         budget = self._fleet.budget.gpus

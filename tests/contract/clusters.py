@@ -1,5 +1,6 @@
 """One cluster as the contract's cases see it, and the two that they run on: real and simulated."""
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -86,6 +87,9 @@ class Cluster(Protocol):
 
     def until(self, what: str, ask: Callable[[], T | None]) -> T:
         """Let time pass until the answer is true, and return it."""
+
+    def now(self) -> float:
+        """The cluster's clock."""
 
     def at_once(self, *calls: Callable[[], T]) -> list[T]:
         """Make several calls, side by side if they take their time."""
@@ -180,6 +184,9 @@ class RealCluster:
     def until(self, what: str, ask: Callable[[], T | None]) -> T:
         return wait_for(what, ask, timeout_s=PATIENCE_S)
 
+    def now(self) -> float:
+        return time.time()
+
     def at_once(self, *calls: Callable[[], T]) -> list[T]:
         with ThreadPoolExecutor(len(calls)) as pool:
             return [done.result() for done in [pool.submit(call) for call in calls]]
@@ -212,7 +219,7 @@ class RealCluster:
 
         def starts() -> bool:
             self._scontrol("update", f"jobid={job_id}", "StartTime=now")
-            return self._lab.run("login", squeue).stdout.strip() != "PENDING"
+            return self._lab.run("login", squeue).stdout.strip() == "RUNNING"
 
         wait_for("its start", starts, timeout_s=PATIENCE_S)
 
@@ -303,6 +310,9 @@ class SimulatedCluster:
                 return answer
             self._timeline.advance(0.1)
         raise LabError(f"waited for {what}")
+
+    def now(self) -> float:
+        return self._timeline.now
 
     def at_once(self, *calls: Callable[[], T]) -> list[T]:
         return [call() for call in calls]

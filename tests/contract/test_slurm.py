@@ -287,8 +287,10 @@ def test_another_users_job_of_the_name_holds_nothing(cluster: Cluster) -> None:
 def test_a_requeued_job_has_its_id_and_another_key(cluster: Cluster) -> None:
     """New submit time, one more restart, no node; the old comment stays, its address is void."""
     before = _started(cluster)
+    # Slurm's times are whole seconds.
+    cluster.until("the next second", lambda: cluster.now() >= before.submitted_at + 1)
     assert cluster.requeue(before.id)
-    after = _when(cluster, before.id, "waiting", lambda job: job.phase is Phase.PENDING)
+    after = _when(cluster, before.id, "waiting", lambda job: job.state == "PENDING")
     assert after.submitted_at > before.submitted_at
     assert (after.restarts, after.nodes, after.run) == (1, "", None)
     assert after.comment == before.comment
@@ -552,6 +554,7 @@ def test_jobs_of_a_node_that_is_called_down_are_lost_at_once(cluster: Cluster) -
     node = cluster.nodes[0]
     lost = _started(cluster, DEAF, NO_REQUEUE, _all_but(cluster, node))
     back = _started(cluster, DEAF, _all_but(cluster, node), ordinal=1)
+    cluster.until("the next second", lambda: cluster.now() >= back.submitted_at + 1)
     cluster.down_node(node)
     job = _in_phase(cluster, lost.id, Phase.ENDED)
     assert (job.state, job.nodes) == ("NODE_FAIL", node)

@@ -568,8 +568,7 @@ class Cluster:
         job.state, job.reason, job.node = "PENDING", "BeginTime", ""
         job.restarts += not job.requeued
         job.told_at, job.requeued = None, False
-        # Two runs of one id never have the same submit time.
-        job.submitted_at = max(int(self._timeline.now), job.submitted_at + 1)
+        job.submitted_at = int(self._timeline.now)
         job.eligible_at = self._timeline.now + REQUEUED_S
         self._expect(job, job.eligible_at)
         self.kick(REQUEUED_S + 0.1)

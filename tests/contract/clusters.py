@@ -214,12 +214,14 @@ class RealCluster:
         return self._scontrol("requeue", str(job_id))
 
     def start_now(self, job_id: int) -> None:
-        # Slurm may set the wait once more while it puts the job back.
+        # Only while it waits: on one that runs the command was seen to end it.
         squeue = ["squeue", "--noheader", "--format=%T", f"--jobs={job_id}"]
 
         def starts() -> bool:
-            self._scontrol("update", f"jobid={job_id}", "StartTime=now")
-            return self._lab.run("login", squeue).stdout.strip() == "RUNNING"
+            state = self._lab.run("login", squeue).stdout.strip()
+            if state == "PENDING":
+                self._scontrol("update", f"jobid={job_id}", "StartTime=now")
+            return state == "RUNNING"
 
         wait_for("its start", starts, timeout_s=PATIENCE_S)
 

@@ -133,7 +133,8 @@ def quarantined(memory: Memory, at: float) -> Mapping[str, float]:
         recent = [
             failure
             for failure in failures.recent
-            if failure.cause in _NODES_OWN and at - failure.at < QUARANTINE_S
+            # What Slurm refused at once is listed as FAILED, and was on no node.
+            if failure.node and failure.cause in _NODES_OWN and at - failure.at < QUARANTINE_S
         ]
         nodes = {failure.node for failure in recent}
         if len(nodes) != 1:

@@ -102,7 +102,17 @@ class Job:
 
     @property
     def phase(self) -> Phase:
-        return PHASES.get(self.state, Phase.UNKNOWN)
+        phase = PHASES.get(self.state, Phase.UNKNOWN)
+        return Phase.PENDING if phase is Phase.ENDING and self._comes_back else phase
+
+    @property
+    def _comes_back(self) -> bool:
+        """Whether it could not be launched: COMPLETING now, it waits again, --no-requeue or not.
+
+        Slurm has counted the restart by then, and the job has not written of it.
+        """
+        run = self.comment.run if self.comment else None
+        return self.restarts > (run.restarts if run else 0)
 
     @property
     def run(self) -> Run | None:

@@ -47,10 +47,10 @@ class Slurm(Protocol):
         """Submit and return the job's id. Raises SubmitRejected or SubmitUnknown."""
 
     def drain(self, job: JobRef) -> None:
-        """Send USR1 to the batch shell, and to nothing else, of a running job."""
+        """Send USR1 to the batch shell, and to nothing else, of a job if it is running."""
 
     def cancel(self, job: JobRef, *, pending: bool) -> None:
-        """Cancel the job; with `pending` only if it still waits."""
+        """Cancel the job; with `pending` only if it still waits. One that is over is no error."""
 
 
 class Engines(Protocol):

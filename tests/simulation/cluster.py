@@ -1,8 +1,9 @@
 """A simulated Slurm and the processes of its jobs, in virtual time.
 
-What it does is what ../shared facts say that Slurm 22.05 to 26.05 does: a job that was told to end
-is COMPLETING before it is gone, an ended one leaves the list after MinJobAge, singleton lets go at
-COMPLETING, ids are given out again after a crash, a dead node keeps its jobs COMPLETING.
+What it does is what a real Slurm does: tests/contract asks both the same. A job that was told to
+end is COMPLETING before it is gone, an ended one leaves the list after MinJobAge, singleton lets go
+at COMPLETING, a requeued job keeps its id and gets a new submit time, ids are given out again after
+a crash, and what ends on a node without power is COMPLETING until Slurm notices.
 """
 
 import json
@@ -11,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from random import Random
 
+from reconciler.errors import SubmitRejected
 from reconciler.spec import parse_duration
 from tests.simulation.timeline import Timeline
 
@@ -22,10 +24,20 @@ STARTED = frozenset({"CONFIGURING", "RUNNING"})
 HOLDS_GPUS = frozenset({"CONFIGURING", "RUNNING", "COMPLETING"})
 
 # How the job script ends (reconciler/failures.py): what it is that does not work.
-STATUSES = {"crash": 1, "oom": 137, "arguments": 2, "weights": 66, "image": 69}
+STATUSES = {"ends": 0, "crash": 1, "oom": 137, "arguments": 2, "weights": 66, "image": 69}
 NODE_STATUS = 71
 # How long the nodes are taken away.
 MAINTENANCE_S = 900.0
+
+# The longest walltime of each partition.
+PARTITIONS = {"gpu": 7 * 86_400, "debug": 1800}
+LONGEST_COMMENT = 1024
+# A requeued job waits this long before it may start again.
+REQUEUED_S = 121.0
+# So long it is tried to reach the node of a job that has just started.
+LAUNCH_TRIED_S = 6.0
+# A node that registers again says what it runs; of a job as young as this Slurm expects no word.
+YOUNG_S = 20.0
 
 _OPTION = re.compile(r"^#SBATCH --([a-z-]+)=(.*)$", re.MULTILINE)
 _SHUTDOWN = re.compile(r"--shutdown-timeout=(\d+)")
@@ -77,6 +89,8 @@ class SimJob:
     singleton: bool
     behaviour: str
     exclude: frozenset[str]
+    requeues: bool
+    limit_s: int  # of its partition
     base: str  # the comment that it was submitted with
     comment: str
     random: Random
@@ -99,6 +113,8 @@ class SimJob:
     remembered: bool = False  # and the reconciler's process knows that
     saved: bool = False  # and so does the next one
     cancelled_at: float | None = None
+    final: str = ""  # what it is once it is no longer COMPLETING
+    requeued: bool = False  # COMPLETING, and then it waits again
 
     @property
     def key(self) -> tuple[int, int]:
@@ -127,13 +143,27 @@ class Node:
     ip: str
     gpus: int
     power: bool = True
-    word: str = "idle"
+    drained: bool = False  # by an administrator
+    answers: bool = True  # as slurmctld knows it, which learns it late
+    down: bool = False  # it did not answer for too long
     free: int = 0
     broken: bool = False  # what starts there ends at once
 
     @property
     def usable(self) -> bool:
-        return self.power and self.word == "idle"
+        """Whether slurmctld would start a job there, which may have no power by now."""
+        return self.answers and not self.drained and not self.down
+
+
+def _word(node: Node, states: set[str]) -> str:
+    """A node's state by itself and by those of its live jobs."""
+    if node.down:
+        return "down"
+    if node.drained:
+        return "draining" if states else "drained"
+    if states == {"COMPLETING"}:
+        return "completing"
+    return "mixed" if states else "idle"
 
 
 class Cluster:
@@ -171,28 +201,60 @@ class Cluster:
         return next((node for node in self.nodes if node.name == name), None)
 
     def words(self) -> Mapping[str, str]:
-        return {node.name: node.word for node in self.nodes}
+        return {node.name: self.word(node) for node in self.nodes}
+
+    def word(self, node: Node) -> str:
+        """What sinfo says of a node."""
+        states = {job.state for job in self.jobs.values() if job.node == node.name and job.live}
+        return _word(node, states) + ("" if node.answers else "*")
 
     # -- submitting and scheduling
 
-    def accept(self, script: str) -> SimJob:
-        """Take a job as sbatch's slurmctld does; its options are the script's #SBATCH lines."""
+    def accept(self, script: str, user: str = USER) -> SimJob:
+        """Take a job as sbatch's slurmctld does; its options are the script's #SBATCH lines.
+
+        Raises SubmitRejected; a job that no node could ever run is listed as FAILED all the same.
+        """
         options = dict(_OPTION.findall(script))
         shutdown, behaviour = _SHUTDOWN.search(script), _BEHAVIOUR.search(script)
         comment = options["comment"].strip("'")
+        partition = options.get("partition", "gpu")
+        exclude = frozenset(filter(None, options.get("exclude", "").split(",")))
+        self._refuse(partition, exclude, comment)
         job = self.add(
             name=options["job-name"],
-            user=USER,
+            user=user,
             gpus=int(options["gres"].removeprefix("gpu:")),
             walltime_s=parse_duration(options["time"]),
-            exclude=frozenset(filter(None, options.get("exclude", "").split(","))),
+            exclude=exclude,
+            requeues="#SBATCH --no-requeue" not in script,
+            limit_s=PARTITIONS[partition],
             drain_timeout_s=int(shutdown[1]) if shutdown else 0,
             singleton=options.get("dependency") == "singleton",
             behaviour=behaviour[1] if behaviour else "good",
             comment=comment,
         )
+        job.held = "#SBATCH --hold\n" in script
+        if not any(self._could_run(node, job) for node in self.nodes):
+            job.started_at = job.ends_at = job.submitted_at
+            job.reason = "BadConstraints"
+            self._ended(job, "FAILED")
+            raise SubmitRejected("sbatch: Requested node configuration is not available")
         job.script = script
         return job
+
+    def _refuse(self, partition: str, exclude: frozenset[str], comment: str) -> None:
+        """Raise SubmitRejected for what does not become a job at all."""
+        if partition not in PARTITIONS:
+            raise SubmitRejected("sbatch: Invalid partition name specified")
+        if any(self.node(name) is None for name in exclude):
+            raise SubmitRejected("sbatch: Invalid node name specified")
+        if len(comment) > LONGEST_COMMENT:
+            raise SubmitRejected("sbatch: Pathname of a file, directory or other too long")
+
+    def _could_run(self, node: Node, job: SimJob) -> bool:
+        """Whether the job fits the node, were it empty."""
+        return node.name not in job.exclude and node.gpus >= job.gpus
 
     def add(
         self,
@@ -206,6 +268,8 @@ class Cluster:
         singleton: bool = False,
         behaviour: str = "good",
         exclude: frozenset[str] = frozenset(),
+        requeues: bool = True,
+        limit_s: int = PARTITIONS["gpu"],
     ) -> SimJob:
         """Put a job into the queue."""
         self._serial += 1
@@ -221,6 +285,8 @@ class Cluster:
             singleton=singleton,
             behaviour=behaviour,
             exclude=exclude,
+            requeues=requeues,
+            limit_s=limit_s,
             base=comment,
             comment=comment,
             random=Random(self._seed * 1_000_003 + self._serial),
@@ -241,25 +307,58 @@ class Cluster:
         waiting = [job for job in self.jobs.values() if job.state == "PENDING"]
         if not waiting:
             return
-        running = {(j.name, j.user) for j in self.jobs.values() if j.state in STARTED}
         for job in sorted(waiting, key=lambda job: job.serial):
-            self._consider(job, running)
+            self._consider(job)
+        # Only the first in the queue waits for Resources; those behind it, for their turn.
+        behind = [job for job in waiting if job.state == "PENDING" and job.reason == "Resources"]
+        for job in sorted(behind, key=lambda job: job.serial)[1:]:
+            job.reason = "Priority"
 
-    def _consider(self, job: SimJob, running: set[tuple[str, str]]) -> None:
+    def _consider(self, job: SimJob) -> None:
         """Start a waiting job, or say what it waits for."""
+        fit = [node for node in self.nodes if self._could_run(node, job)]
+        usable = [node for node in fit if node.usable]
+        node = next((node for node in usable if node.free >= job.gpus), None)
+        node = node or self._forbidden_node(job)
         if job.held:
             job.reason = "JobHeldUser"
+        elif job.walltime_s > job.limit_s:
+            job.reason = "PartitionTimeLimit"
+        elif job.singleton and self._has_predecessor(job):
+            job.reason = "Dependency"
         elif job.eligible_at > self._timeline.now:
             job.reason = "Priority" if job.restarts == 0 else "BeginTime"
-        elif job.singleton and (job.name, job.user) in running:
-            job.reason = "Dependency"
         elif self._reaches_into_maintenance(job):
             job.reason = "ReqNodeNotAvail, Reserved for maintenance"
-        elif (node := self._node_for(job)) is None:
-            job.reason = "Resources"
-        else:
-            running.add((job.name, job.user))
+        elif node is not None:
             self._start(job, node)
+        elif usable:
+            job.reason = "Resources"
+            self._expect(job, min(self._ends_on(node) for node in usable))
+        else:
+            names = ",".join(node.name for node in fit)
+            job.reason = f"ReqNodeNotAvail, UnavailableNodes:{names}"
+
+    def _has_predecessor(self, job: SimJob) -> bool:
+        """Whether singleton holds a job: for one that has started, or waits and came before."""
+        return any(
+            other.state in STARTED or (other.state == "PENDING" and other.id < job.id)
+            for other in self.jobs.values()
+            if (other.name, other.user) == (job.name, job.user) and other is not job
+        )
+
+    def _ends_on(self, node: Node) -> int:
+        """When the first job of a node must end."""
+        ends = [
+            job.ends_at
+            for job in self.jobs.values()
+            if job.node == node.name and job.state in HOLDS_GPUS and job.ends_at is not None
+        ]
+        return max(min(ends, default=0), int(self._timeline.now))
+
+    def _expect(self, job: SimJob, start: float) -> None:
+        """Say when a waiting job would start, as squeue shows it: in the fields of a start."""
+        job.started_at, job.ends_at = int(start), int(start) + job.walltime_s
 
     def _reaches_into_maintenance(self, job: SimJob) -> bool:
         begin, now = self.maintenance_at, self._timeline.now
@@ -267,12 +366,11 @@ class Cluster:
             return False
         return now + job.walltime_s > begin
 
-    def _node_for(self, job: SimJob) -> Node | None:
+    def _forbidden_node(self, job: SimJob) -> Node | None:
+        """A node that the job must not run on and could, where that is excused."""
         fit = [node for node in self.nodes if node.usable and node.free >= job.gpus]
-        allowed = [node for node in fit if node.name not in job.exclude]
-        if fit and not allowed and not self.excludes():
-            return fit[0]
-        return allowed[0] if allowed else None
+        excluded = next((node for node in fit if node.name in job.exclude), None)
+        return excluded if excluded is not None and not self.excludes() else None
 
     def _start(self, job: SimJob, node: Node) -> None:
         node.free -= job.gpus
@@ -287,9 +385,20 @@ class Cluster:
         else:
             self._launch(job, node)
 
+    def _launch_failed(self, job: SimJob) -> None:
+        """Its node gave no answer: the job is requeued, also one that is not to be.
+
+        Until the node is known to be down, or answers, it is COMPLETING, and counted as restarted.
+        """
+        job.ends_at = int(self._timeline.now)
+        job.state, job.requeued = "COMPLETING", True
+        job.restarts += 1
+        if self._has_power(job):
+            self.put_back(job)
+
     def _time_is_up(self, job: SimJob) -> None:
         if job.ends_at is not None and job.ends_at <= self._timeline.now:
-            self.end(job, "TIMEOUT")
+            self.end(job, "TIMEOUT", reason="TimeLimit")
 
     def _later(self, job: SimJob, delay_s: float, happen: Callable[[], None]) -> None:
         """Let something happen to this life of a job: not after it was requeued or has ended."""
@@ -305,6 +414,9 @@ class Cluster:
 
     def _launch(self, job: SimJob, node: Node) -> None:
         job.state = "RUNNING"
+        if not node.power:
+            self._later(job, LAUNCH_TRIED_S, lambda: self._launch_failed(job))
+            return
         if not job.ours:
             self._later(job, job.random.uniform(20, 400), lambda: self.end(job, "COMPLETED"))
             return
@@ -314,17 +426,20 @@ class Cluster:
         self.engines[engine.address] = job
         random = job.random
         trap_s = random.uniform(0.3, 3)
+        deaf = job.behaviour == "deaf"  # it never gets as far as its trap
 
         def set_trap() -> None:
             engine.trap = True
             self._later(job, random.uniform(0.2, 2), lambda: self.publish(job))
 
-        self._later(job, trap_s, set_trap)
+        if not deaf:
+            self._later(job, trap_s, set_trap)
         status = NODE_STATUS if node.broken else STATUSES.get(job.behaviour)
         if status is not None:
-            final = "OUT_OF_MEMORY" if job.behaviour == "oom" else "FAILED"
+            final = "FAILED" if status else "COMPLETED"
+            final = "OUT_OF_MEMORY" if job.behaviour == "oom" else final
             self._later(job, random.uniform(3, 12), lambda: self.end(job, final, status=status))
-        elif job.behaviour != "hang":
+        elif job.behaviour not in ("hang", "deaf"):
             engine.completes = job.behaviour != "sick"
             self._later(job, trap_s + random.uniform(8, 40), lambda: self._answers(job, engine))
 
@@ -372,7 +487,7 @@ class Cluster:
         if job.state != "RUNNING" or engine is None:
             return
         if not engine.trap:
-            self.end(job, "FAILED", reason="JobLaunchFailure")
+            self.end(job, "FAILED", reason="RaisedSignal:10(User defined signal 1)")
             return
         if engine.draining:
             return
@@ -396,10 +511,11 @@ class Cluster:
         """scancel: TERM to every process of the job at once, which cuts every stream."""
         job.cancelled_at = self._timeline.now
         if job.state == "PENDING":
+            job.started_at = job.ends_at = int(self._timeline.now)
             self._ended(job, "CANCELLED")
         elif job.state in STARTED:
             # vLLM with streams in flight ends within moments, or at KillWait.
-            slow = job.random.random() < 0.3
+            slow = job.random.random() < 0.3 or job.behaviour == "stubborn"
             self.end(job, "CANCELLED", completing_s=self.kill_wait_s if slow else 1.0)
 
     def end(
@@ -416,15 +532,19 @@ class Cluster:
             return
         self._forget_engine(job)
         job.life += 1
-        job.state, job.reason, job.exit_status = "COMPLETING", reason, status
+        job.state, job.exit_status = "COMPLETING", status
+        job.reason = "NonZeroExitCode" if status else reason
         job.ends_at = int(self._timeline.now)
+        job.final = final
+        # On a node without power it stays so until Slurm notices.
         if self._has_power(job):
             wait_s = job.random.uniform(0.3, 4) if completing_s is None else completing_s
-            self._later(job, wait_s, lambda: self._ended(job, final))
-        elif job.random.random() < 0.5:
-            self._ended(job, final)
-        else:
-            job.shown = None  # it stays COMPLETING until its node answers again
+            self._later(job, wait_s, lambda: self._completed(job))
+        self.kick()
+
+    def _completed(self, job: SimJob) -> None:
+        if self._has_power(job):
+            self._ended(job, job.final)
 
     def _ended(self, job: SimJob, final: str) -> None:
         node = self.node(job.node)
@@ -449,20 +569,51 @@ class Cluster:
         node = self.node(job.node)
         return node is not None and node.power
 
-    def requeue(self, job: SimJob, *, new_time: bool) -> None:
-        """Put a started job back into the queue: same id, old comment, soon another node."""
+    def requeue(self, job: SimJob) -> bool:
+        """`scontrol requeue` by the job's owner. Returns whether the job may be requeued."""
+        if not job.requeues or job.state not in STARTED:
+            return False
+        self.put_back(job)
+        return True
+
+    def put_back(self, job: SimJob) -> None:
+        """Put a job back into the queue: same id, old comment, another key, soon another node.
+
+        Slurm does so with one that could not be launched, also if it is not to be requeued.
+        """
         node = self.node(job.node)
         if node is not None:
             node.free += job.gpus
         self._forget_engine(job)
         job.life += 1
         job.state, job.reason, job.node = "PENDING", "BeginTime", ""
-        job.started_at = job.ends_at = job.told_at = None
-        job.restarts += 1
-        job.eligible_at = self._timeline.now + 20
-        if new_time:
-            job.submitted_at = int(self._timeline.now)
-        self.kick(20.1)
+        job.restarts += not job.requeued
+        job.told_at, job.requeued = None, False
+        job.submitted_at = int(self._timeline.now)
+        job.eligible_at = self._timeline.now + REQUEUED_S
+        self._expect(job, job.eligible_at)
+        self.kick(REQUEUED_S + 0.1)
+
+    def start_now(self, job: SimJob) -> None:
+        """`scontrol update StartTime=now`: whatever it was to wait for."""
+        job.eligible_at = self._timeline.now
+        self.kick()
+
+    def hold(self, job: SimJob) -> None:
+        """`scontrol hold` by the job's owner, of one that waits."""
+        job.held, job.reason = True, "JobHeldUser"
+
+    def release(self, job: SimJob) -> None:
+        """End a hold."""
+        job.held = False
+        self.kick()
+
+    def comment(self, job: SimJob, text: str) -> bool:
+        """`scontrol update comment=` by the job's owner. Returns whether it was taken."""
+        if job.state not in ("PENDING", "CONFIGURING", "RUNNING") or len(text) > LONGEST_COMMENT:
+            return False
+        job.comment = text
+        return True
 
     # -- what goes wrong with machines
 
@@ -472,38 +623,63 @@ class Cluster:
         for job in list(self.jobs.values()):
             if job.node == node.name and job.engine is not None:
                 job.engine.mode, job.engine.streams = "hung", []
+        self._timeline.after(timeout_s / 2, lambda: self._gets_no_answer(node))
         self._timeline.after(timeout_s, lambda: self._notice(node))
 
+    def _gets_no_answer(self, node: Node) -> None:
+        node.answers = node.power
+
     def _notice(self, node: Node) -> None:
-        if node.power:
-            return
-        node.word = "down*"  # whatever it was before
-        for job in list(self.jobs.values()):
-            if job.node == node.name and job.state in STARTED:
-                self.end(job, "NODE_FAIL")
+        if not node.power:
+            node.down = True
+            self._lose_jobs(node)
+
+    def down_node(self, node: Node) -> None:
+        """An administrator says that a node is down: its jobs are lost at once."""
+        node.down = True
+        self._lose_jobs(node)
+
+    def _lose_jobs(self, node: Node, *, older_than_s: float = 0.0) -> None:
+        """End what runs on a node that is down, or came back without it; requeue what may be."""
+        now = self._timeline.now
+        for job in [job for job in self.jobs.values() if job.node == node.name]:
+            if job.state == "COMPLETING" and job.requeued:
+                self.put_back(job)
+            elif job.state == "COMPLETING":
+                self._ended(job, job.final)
+            elif job.state in STARTED and now - (job.started_at or now) >= older_than_s:
+                self._lose(job)
+
+    def _lose(self, job: SimJob) -> None:
+        if not self.requeue(job):
+            job.reason, job.ends_at = "NodeDown", int(self._timeline.now)
+            self._ended(job, "NODE_FAIL")
 
     def drain_node(self, node: Node) -> None:
         """An administrator drains a node: what runs there goes on, nothing new starts."""
-        node.word = "draining"
+        node.drained = True
 
     def resume_node(self, node: Node) -> None:
-        """End an administrator's drain, and whatever was broken there."""
-        node.broken = False
-        if node.word == "draining":
-            node.word = "idle"
+        """End an administrator's drain or word that it is down, and whatever was broken there."""
+        node.broken = node.drained = False
+        node.down = node.down and not node.power
         self.kick()
 
     def restore_power(self, node: Node) -> None:
-        """Give a node its power back: what it ran is gone."""
+        """Give a node its power back: what it ran is gone, and Slurm may not know that at once."""
         if node.power:
             return
-        node.power, node.word = True, "idle"
-        for job in list(self.jobs.values()):
-            if job.node == node.name and job.state in STARTED:
-                self.end(job, "NODE_FAIL")
-            elif job.node == node.name and job.state == "COMPLETING":
-                self._ended(job, "NODE_FAIL")
+        node.power = node.answers = True
+        node.down = False
+        self._lose_jobs(node, older_than_s=YOUNG_S)
+        for job in self.jobs.values():
+            if job.node == node.name and job.state == "RUNNING":
+                self._forget_engine(job)
+                self._lose_later(job)
         self.kick()
+
+    def _lose_later(self, job: SimJob) -> None:
+        self._later(job, job.random.uniform(30, 600), lambda: self._lose(job))
 
     def crash(self) -> bool:
         """slurmctld is killed: it forgets its last submission and gives that id out again.

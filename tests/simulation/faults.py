@@ -166,10 +166,10 @@ def _node_drains(world: SimWorld, pick: int, amount: int) -> bool:
     return True
 
 
-def _requeued(world: SimWorld, pick: int, amount: int) -> bool:
+def _requeued(world: SimWorld, pick: int, _amount: int) -> bool:
     job = _picked(_engines(world), pick)
     if job is not None:
-        world.cluster.requeue(job, new_time=amount < 50)
+        world.cluster.put_back(job)
     return job is not None
 
 
@@ -184,13 +184,8 @@ def _held(world: SimWorld, pick: int, amount: int) -> bool:
     job = _picked(_pending(world), pick)
     if job is None:
         return False
-    job.held, job.reason = True, "JobHeldUser"
-
-    def release() -> None:
-        job.held = False
-        world.cluster.kick()
-
-    world.timeline.after(5.0 + amount, release)
+    world.cluster.hold(job)
+    world.timeline.after(5.0 + amount, lambda: world.cluster.release(job))
     return True
 
 
@@ -220,11 +215,11 @@ def _vandalised(world: SimWorld, pick: int, amount: int) -> bool:
     job = _picked(world.cluster.ours, pick)
     if job is None:
         return False
-    job.comment = ("", "to do", "{", "\n|", '{"v":1}', "x" * 900)[amount % 6]
+    taken = world.cluster.comment(job, ("", "to do", "{", "\n|", '{"v":1}', "x" * 900)[amount % 6])
     # The job itself writes again when something changes, here at the latest.
     if job.state == "RUNNING":
         world.timeline.after(5.0 + 2 * amount, lambda: world.cluster.publish(job))
-    return True
+    return taken
 
 
 def _ctld_down(world: SimWorld, _pick: int, amount: int) -> bool:

@@ -144,7 +144,8 @@ class Invariants(Watch):
 
     def _on_dead_node(self, job: SimJob) -> bool:
         node = self._world.cluster.node(job.node)
-        return job.state == "COMPLETING" and node is not None and node.word == "down*"
+        word = self._world.cluster.word(node) if node is not None else ""
+        return job.state == "COMPLETING" and (word.startswith("down") or word.endswith("*"))
 
     def _not_too_many(self, new: SimJob, model_name: str) -> None:
         model = self._fleet.model(model_name)

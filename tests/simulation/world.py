@@ -6,7 +6,7 @@ checked, and a crash of the reconciler may come (`Killed`).
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from random import Random
 
@@ -267,7 +267,8 @@ class SimSlurm:
     def _land(self, script: str) -> None:
         # A crash of slurmctld in between takes it along.
         if self.world.cluster.up:
-            self.world.cluster.accept(script)
+            with suppress(SubmitRejected):
+                self.world.cluster.accept(script)
 
     def drain(self, job: JobRef) -> None:
         world = self.world

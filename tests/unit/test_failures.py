@@ -200,3 +200,10 @@ def test_node_is_not_blamed_for_what_happens_elsewhere_too() -> None:
     assert quarantined(Memory(failures={NAME: both}), AT + 1) == {}
     preempted = _failures(_failure(Cause.PREEMPTED), _failure(Cause.PREEMPTED))
     assert quarantined(Memory(failures={NAME: preempted}), AT + 1) == {}
+
+
+def test_jobs_that_slurm_refused_quarantine_no_node() -> None:
+    """They are listed as FAILED on no node, and hold their revision back like other failures."""
+    memory = after(failed(1, 0, node=""), failed(2, 0, node=""))
+    assert count(memory) == 2
+    assert quarantined(memory, AT + 1) == {}

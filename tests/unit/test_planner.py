@@ -155,6 +155,16 @@ def test_budget_counts_what_slurm_may_still_hold(
     assert plan(FLEET, seen, NOTHING).gpus_held == gpus
 
 
+def test_budget_counts_a_job_that_could_not_be_launched() -> None:
+    """Slurm puts it back into the queue although it forbids that: it was never over."""
+    back = job(REV, state="COMPLETING", gpus=3, restarts=1, published=False)
+    seen = observation(back, nodes={"node1": "down"})
+    assert back.phase is Phase.PENDING
+    assert plan(FLEET, seen, NOTHING).gpus_held == 3
+    told = job(REV, state="COMPLETING", restarts=1, run_restarts=1)
+    assert told.phase is Phase.ENDING
+
+
 def test_budget_counts_an_unreadable_job_as_its_model_says() -> None:
     """Unknown is never absent: a vandalised comment frees no GPU."""
     wanted = fleet(model_record(resources={"gpus": 3, "memory": "1G"}, replicas=1))

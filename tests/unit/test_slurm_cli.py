@@ -409,6 +409,23 @@ def test_R22_scancel_names_user_and_name_beside_the_id(
     assert arguments(folder, "scancel") == [*options, *verified]
 
 
+@pytest.mark.parametrize(
+    "stderr",
+    [
+        "scancel: error: Kill job error on job id 42: Invalid job id specified",
+        "scancel: error: Kill job error on job id 42: Job/step already completing or completed",
+    ],
+)
+def test_to_end_a_job_that_is_over_is_no_error(stderr: str, install: Install) -> None:
+    """It ended between the look and the command; any other refusal is an error."""
+    install("scancel", f"echo '{stderr}' >&2; exit 1")
+    SlurmCli().cancel(REF, pending=False)
+    SlurmCli().drain(REF)
+    install("scancel", "echo 'scancel: error: Access/permission denied' >&2; exit 1")
+    with pytest.raises(SlurmUnavailable, match="denied"):
+        SlurmCli().cancel(REF, pending=False)
+
+
 def test_nodes_are_read_with_their_state(install: Install) -> None:
     """A node's word is lower case; a star says that it does not respond; odd lines are left out."""
     install("sinfo", "printf 'n1 idle\\nn2 down*\\nn3 MIXED \\nn4\\n\\n'")

@@ -286,7 +286,8 @@ def test_a_rolling_update_that_nothing_may_begin_says_so(fleet: Fleet) -> None:
     _applied(fleet)
     before = _live_jobs(fleet)
     fleet.edit("max-num-seqs: 16", "max-num-seqs: 32")
-    said = fleet.run("apply")
+    fleet.run("apply", "--wait", "--timeout", "6s", check=False)
+    said = fleet.run("plan")
     assert "needs 1 GPUs; 2 of the budget's 2 are held" in said
     assert _live_jobs(fleet) == before
 

@@ -25,7 +25,7 @@ test: packages ## run all tests: unit, contract on real Slurm, end to end, real 
 	$(PYTEST) tests/engine tests/e2e/test_vllm.py
 
 soak: packages ## run what takes long: many kills, many seeds
-	SOAK=1 $(PYTEST) tests/e2e/test_kills.py
+	SOAK=1 $(PYTEST) $(PARALLEL) tests/e2e/test_kills.py
 	.venv/bin/python -m tests.simulation --soak 5000
 
 bench: packages ## print how fast plan(), the command line and a cycle of 1,000 jobs are, as ratios

@@ -19,6 +19,11 @@ def booted_at() -> float:
     return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+# Slurm looks at walltimes every half minute or so; what it lets run for so long past one has none
+# that this host could tell.
+OVERDUE_S = 300.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
     """Everything outside of the process, one adapter each."""
@@ -45,7 +50,9 @@ def observe(
     odd_lines = 0
     try:
         listing = world.slurm.jobs(fleet.fleet)
-        jobs, odd_lines = listing.jobs, listing.odd_lines
+        jobs_error = _clock_ahead(listing.jobs, at)
+        if jobs_error is None:
+            jobs, odd_lines = listing.jobs, listing.odd_lines
     except SlurmUnavailable as error:
         jobs_error = str(error)
     # Two questions here, and one before anything is ended: three to Slurm in a cycle.
@@ -64,6 +71,22 @@ def observe(
         image_errors=image_errors,
         booted_at=booted,
     ), pins
+
+
+def _clock_ahead(jobs: Iterable[Job], at: float) -> str | None:
+    """Return why this host's clock can't be trusted to judge a walltime, or None if it can.
+
+    Slurm ends jobs by its own clock. By one that is ahead a whole fleet would seem to be past its
+    end, and leave at once.
+    """
+    for job in jobs:
+        overdue_s = 0.0 if job.ends_at is None else at - job.ends_at
+        if job.state == "RUNNING" and overdue_s > OVERDUE_S:
+            return (
+                f"job {job.id} runs {overdue_s / 60:.0f} min past its walltime: "
+                "this host's clock is ahead of Slurm's, or Slurm has an OverTimeLimit"
+            )
+    return None
 
 
 def _proven(jobs: Iterable[Job] | None, gateways: Iterable[GatewayView]) -> Iterator[JobKey]:

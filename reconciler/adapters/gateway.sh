@@ -45,7 +45,7 @@ change)
   previous=$(readlink "$folder/current" || true)
   # A folder of that name holds the same files: its name is their hash.
   [ -d "$staged" ] || mv "$part" "$staged"
-  ln -s "gen-$generation" "$folder/current.part.$$"
+  ln -sfn "gen-$generation" "$folder/current.part.$$"
   mv -T "$folder/current.part.$$" "$folder/current"
   nginx -s reload -c "$conf"
   # The new workers answer within moments; until then the old generation may.
@@ -58,7 +58,7 @@ change)
   if [ "$answer" != "$generation" ]; then
     # What runs must match what a restart would read: put the old link back.
     if [ -n "$previous" ]; then
-      ln -s "$previous" "$folder/current.part.$$"
+      ln -sfn "$previous" "$folder/current.part.$$"
       mv -T "$folder/current.part.$$" "$folder/current"
     else
       rm "$folder/current"
@@ -67,6 +67,8 @@ change)
   # Keep the last few generations to look at; nginx has read the files and needs none of them.
   find "$folder" -maxdepth 1 -name 'gen-*' ! -name "gen-$generation" ! -name "${previous##*/}" \
     -printf '%T@ %p\n' | sort -rn | tail -n +6 | cut -d' ' -f2- | xargs -r -d '\n' rm -rf
+  # What a change leaves that was killed; any that still runs is younger.
+  find "$folder" -maxdepth 1 -name '*part.*' -mmin +60 -exec rm -rf {} +
   echo "$answer"
   ;;
 esac

@@ -183,6 +183,24 @@ def test_cut_link_host_lives_but_cannot_be_reached(powered: Lab) -> None:
     wait_for("the node's answer", lambda: powered.run("login", ping, check=False).returncode == 0)
 
 
+def test_cut_between_two_hosts_concerns_no_other(lab: Lab) -> None:
+    """Both live and the rest reach them; what they send each other is lost until mended."""
+    node, other = lab.nodes[:2]
+
+    def reaches(host: str, to: str) -> bool:
+        return lab.run(host, ["ping", "-c1", "-W1", to], check=False).returncode == 0
+
+    lab.cut_between("gateway", node)
+    assert not reaches("gateway", node)
+    assert not reaches(node, "gateway")
+    assert reaches("login", node)
+    assert reaches(node, "login")
+    assert reaches("gateway", other)
+    lab.mend_between("gateway", node)
+    assert reaches("gateway", node)
+    assert reaches(node, "gateway")
+
+
 def test_two_labs_at_once_do_not_meet(lab: Lab) -> None:
     """Each has its own number, addresses, shared folder and Slurm."""
     with Lab.start("second", nodes=1) as second:

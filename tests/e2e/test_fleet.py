@@ -9,6 +9,7 @@ import httpx
 import openai
 import pytest
 
+from tests.e2e.checks import assert_settled, lost, running, under_load
 from tests.lab import Lab
 from tests.lab.fleet import Fleet, gateway_log
 from tests.lab.load import Load, in_flight
@@ -218,22 +219,77 @@ def test_R05_kill_9_at_a_submission_leaves_no_orphan(fleet: Fleet, when: str) ->
 
 
 def test_R27_foreign_jobs_live_through_everything(fleet: Fleet) -> None:
-    """A job of another user with our prefix, and our user's with another name, are not ours."""
-    script = "#!/bin/sh\n#SBATCH --mem=100M --output=/dev/null --job-name={}\nsleep 600\n"
-    for user, name in (
-        ("mallory", "demo.tiny.01234567.0"),
-        ("fleet", "demo.tiny"),
-        ("fleet", "democracy.tiny.01234567.0"),
-    ):
-        fleet.lab.run("login", ["sbatch"], user=user, input=script.format(name))
+    """Another user's jobs, even by our own names, and ours by names that nearly parse."""
     _applied(fleet)
-    fleet.edit("replicas: 2", "replicas: 0")
+    ours = [job[1] for job in _live_jobs(fleet)]
+    revision = ours[0].split(".")[2]
+    nearly = (
+        *("demo.tiny", "demo.tiny.run7", f"demo.tiny.{revision}", f"demo.tiny.{revision}.00"),
+        *(
+            f"demo-old.tiny.{revision}.0",
+            f"democracy.tiny.{revision}.0",
+            f"demo.tiny.{revision}.0.1",
+        ),
+    )
+    foreign = {
+        _foreign_job(fleet, user, name): name
+        for user, names in (("mallory", [*ours, f"demo.tiny.{revision}.2"]), ("fleet", nearly))
+        for name in names
+    }
+    assert len(foreign) == 10
+    fleet.edit("max-num-seqs: 16", "max-num-seqs: 32")
     _applied(fleet)
-    states = [
-        job[2] for job in fleet.jobs() if job[1] in ("demo.tiny", "democracy.tiny.01234567.0")
-    ]
-    assert states == ["RUNNING", "RUNNING"]
-    assert [job[2] for job in fleet.jobs("mallory")] == ["RUNNING"]
+    for more, fewer in ((2, 1), (1, 0)):
+        fleet.edit(f"replicas: {more}", f"replicas: {fewer}")
+        _applied(fleet)
+    jobs = fleet.jobs("fleet") + fleet.jobs("mallory")
+    left = {job[0]: job[1] for job in jobs if job[2] in LIVE}
+    assert left == foreign
+    assert {job[2] for job in jobs if job[0] in foreign} == {"RUNNING"}
+
+
+def _foreign_job(fleet: Fleet, user: str, name: str) -> str:
+    """Submit a job that is not the fleet's, and return its id."""
+    script = f"#!/bin/sh\n#SBATCH --mem=100M --output=/dev/null --job-name={name}\nsleep 600\n"
+    return fleet.lab.run("login", ["sbatch", "--parsable"], user=user, input=script).stdout.strip()
+
+
+@pytest.mark.parametrize("surge", [0, 1])
+def test_a_rolling_update_without_room_for_surge_stays_within_the_budget(
+    fleet: Fleet, surge: int
+) -> None:
+    """One old replica leaves before each new one comes; nothing is lost, no GPU too many held."""
+    fleet.edit("budget: {gpus: 4}", "budget: {gpus: 2}")
+    rollout = f"rollout: {{max_surge: {surge}, max_unavailable: 1}}"
+    fleet.edit("drain_timeout_s: 60", f"drain_timeout_s: 60, {rollout}")
+    _applied(fleet)
+    old = {job[0] for job in _live_jobs(fleet)}
+    held = []
+
+    def updated() -> bool:
+        held.append(len(_live_jobs(fleet)))
+        return _routed(fleet) == 2 and old.isdisjoint(job[0] for job in _live_jobs(fleet))
+
+    def update() -> None:
+        fleet.edit("max-num-seqs: 16", "max-num-seqs: 32")
+        wait_for("the update", updated, timeout_s=90)
+
+    with running(fleet):
+        assert lost(under_load(fleet, update)) == []
+    assert max(held) == 2
+    assert_settled(fleet, replicas=2)
+
+
+def test_a_rolling_update_that_nothing_may_begin_says_so(fleet: Fleet) -> None:
+    """No GPU for a new replica, no old one to spare: it waits, and the plan says what for."""
+    fleet.edit("budget: {gpus: 4}", "budget: {gpus: 2}")
+    _applied(fleet)
+    before = _live_jobs(fleet)
+    fleet.edit("max-num-seqs: 16", "max-num-seqs: 32")
+    fleet.run("apply", "--wait", "--timeout", "6s", check=False)
+    said = fleet.run("plan")
+    assert "needs 1 GPUs; 2 of the budget's 2 are held" in said
+    assert _live_jobs(fleet) == before
 
 
 def test_R29_a_configuration_that_nginx_refuses_changes_nothing(fleet: Fleet) -> None:

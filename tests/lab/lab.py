@@ -25,6 +25,8 @@ RUN = Path("/run/modelfleet-lab")
 SUBNET = "10.86.{number}.{host}"
 LINK = "modelfleet{number}"
 MAX_LABS = 256
+# Of the locally administered ones; the kernel chooses the hosts' own at random.
+NOBODY = "02:00:00:00:00:00"
 # nsenter's names for everything that a host has of its own.
 HOST_NAMESPACES = ("--mount", "--uts", "--ipc", "--net", "--pid")
 
@@ -196,6 +198,18 @@ class Lab:
     def mend_link(self, host: str) -> None:
         self._ip("link", "set", host, "up")
 
+    def cut_between(self, one: str, other: str) -> None:
+        """Lose every packet between two hosts, both ways, and tell nobody; all others reach both.
+
+        Each believes the other behind an address of the wire that nobody has.
+        """
+        for here, there in ((one, other), (other, one)):
+            self._neighbour(here, "replace", there, "lladdr", NOBODY, "nud", "permanent")
+
+    def mend_between(self, one: str, other: str) -> None:
+        for here, there in ((one, other), (other, one)):
+            self._neighbour(here, "delete", there)
+
     def power_cut(self, host: str) -> None:
         """Link first, then the host: dead processes close their connections, dead hosts do not."""
         pid = self._host_pid(host)
@@ -237,6 +251,11 @@ class Lab:
 
     def _ip(self, *words: str) -> None:
         subprocess.run([*self._outside("--net"), "ip", *words], check=True)
+
+    def _neighbour(self, host: str, verb: str, other: str, *words: str) -> None:
+        """Change what a host believes of where another one is on the wire (ip-neighbour(8))."""
+        where = ("to", self.address(other), "dev", "eth0")
+        self.run(host, ["ip", "neighbour", verb, *where, *words], user="root")
 
     def _host_pid(self, host: str) -> int:
         try:

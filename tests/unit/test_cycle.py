@@ -4,13 +4,15 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from reconciler.adapters.ports import ImagePin
 from reconciler.batch import batch_script
 from reconciler.cycle import cycle
 from reconciler.observe import World
 from reconciler.plan import Reason, Submit
 from reconciler.state import Health, Memory, Probe, Recipe
-from tests.unit.build import AT, DIGEST, fleet, job, model_record
+from tests.unit.build import AT, DIGEST, fleet, job, model_record, revision
 from tests.unit.test_execute import FakeJournal, FakeWorld
 
 
@@ -63,3 +65,29 @@ def test_recipe_that_memory_lost_is_found_in_the_script_of_a_serving_replica() -
         say=lambda _: None,
     )
     assert [memory.kept for memory in saved] == [{"tiny": recipe}]
+
+
+@pytest.mark.parametrize("hours", [1, 24 * 365])
+def test_R31_clock_further_than_a_walltime_ends_no_job_and_submits_none(hours: int) -> None:
+    """What Slurm says runs has not ended: by such a clock nothing is judged, and a note says so."""
+    wanted = fleet()
+    live = [job(revision(wanted), id=n, ordinal=n, ends_at=1_000_600) for n in (1, 2)]
+    fake = FakeWorld(live=live)
+    ahead = 1_000_000.0 + 3600 * hours
+    outcome = cycle(wanted, world(fake), at=ahead, commit=None, say=lambda _: None)
+    assert (outcome.plan.actions, outcome.plan.observed) == ((), False)
+    assert "this host's clock is ahead of Slurm's" in outcome.plan.notes[0].text
+    assert "nothing is submitted or cancelled" in outcome.plan.notes[0].text
+
+
+def test_job_that_slurm_is_about_to_end_spoils_no_look() -> None:
+    """Slurm takes a while to notice a walltime; an ended, pending or endless job says nothing."""
+    wanted = fleet()
+    states = {"RUNNING": 999_800, "COMPLETING": 990_000, "COMPLETED": 1, "SUSPENDED": 990_000}
+    live = [
+        job(revision(wanted), id=n, ordinal=n, state=state, ends_at=ends_at)
+        for n, (state, ends_at) in enumerate([*states.items(), ("RUNNING", None)], start=1)
+    ]
+    fake = FakeWorld(live=live)
+    outcome = cycle(wanted, world(fake), at=1_000_000.0, commit=None, say=lambda _: None)
+    assert outcome.plan.observed

@@ -178,6 +178,18 @@ def test_last_generations_are_kept_and_no_more(gateway: Gateway) -> None:
     assert len(list(gateway.folder.glob("gen-*"))) == 7
 
 
+def test_what_a_killed_change_left_is_swept_and_a_younger_one_is_let_be(gateway: Gateway) -> None:
+    """A kill leaves a staged folder or a link; after an hour nobody can still be at work on it."""
+    for name in ("part.aaaaaa", "part.bbbbbb"):
+        (gateway.folder / name).mkdir()
+        (gateway.folder / name / "fleet.conf").touch()
+    (gateway.folder / "current.part.4711").symlink_to("gen-0123456789ab")
+    for name in ("part.aaaaaa", "current.part.4711"):
+        os.utime(gateway.folder / name, (0, 0), follow_symlinks=False)
+    gateway.adapter.change("gateway", to(ONE))
+    assert gateway.litter() == ["part.bbbbbb"]
+
+
 def test_same_generation_twice_is_no_failure(gateway: Gateway) -> None:
     """A change repeated after a crash ends in the same place."""
     for _ in range(2):

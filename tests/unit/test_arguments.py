@@ -1,6 +1,8 @@
 """Engine arguments are checked before anything is submitted, in words that say what to write."""
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from reconciler.arguments import check_arguments, unchecked, versions
+from reconciler import arguments
+from reconciler.arguments import check_arguments, plainly_fits, unchecked, versions
 from reconciler.cli import main
 from reconciler.spec import load_fleet
 from tests.unit.build import fleet
@@ -47,6 +50,38 @@ def test_unknown_argument_is_a_mistake_with_a_suggestion(key: str, hint: str) ->
     [(path, message)] = check_arguments("vllm", VERSION, {key: 1})
     assert path == (key,)
     assert message == f'vllm 0.32.0 has no argument "{key}"{hint}'
+
+
+VALUES: tuple[Any, ...] = (
+    *(True, False, 0, 1, 2, 8, 16, -1, 8192, 10**12, 0.0, 0.5, 1.0, 16.0),
+    *("", "a", "1", "16", "16k", "0.9", "auto", "None", "true", "float16", "{}", "[1]", "a=b"),
+    *({}, {"a": 1}, {"level": 3}, [], [1], ["a"], ["a=b", "c"], [True], [{}]),
+)
+
+
+def test_value_that_fits_at_first_sight_fits_the_schema() -> None:
+    """The short way takes nothing that jsonschema would refuse, for any argument there is."""
+    schema = arguments._schema("vllm", VERSION)
+    checker = arguments._checker("vllm", VERSION)
+    plain = 0
+    for option, rule in schema["properties"].items():
+        for value in (*VALUES, *rule.get("enum", ())):
+            if plainly_fits(value, rule, schema):
+                plain += 1
+                assert not [*checker.descend(value, rule, path=option)], (option, value)
+    assert plain > 1000
+
+
+def test_plain_arguments_need_no_jsonschema() -> None:
+    """What most specs hold is checked without the 50 ms that its import takes."""
+    common = {"max-model-len": 8192, "gpu-memory-utilization": 0.9, "dtype": "bfloat16"}
+    more = {"enforce-eager": True, "tensor-parallel-size": 2, "quantization": "fp8"}
+    program = (
+        "import sys; from reconciler.arguments import check_arguments\n"
+        f"assert not [*check_arguments('vllm', '{VERSION}', {common | more})]\n"
+        "sys.exit('jsonschema' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 SIZE = "a whole number, or one such as 8k (8,000) or 8K (8,192)"

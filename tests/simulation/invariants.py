@@ -5,12 +5,12 @@ does to that world. Where the truth could not be known to it, the check says so.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 from reconciler.naming import parse_comment, parse_name
 from reconciler.plan import Cancel, Drain, JobRef, NoteKind, Plan, Reason, Route, Status
 from reconciler.rollover import MARGIN_S
-from reconciler.spec import Fleet, Model
+from reconciler.spec import Fleet
 from reconciler.state import Health, JobKey, Probe
 from tests.simulation.cluster import FLEET, STARTED, SimJob
 from tests.simulation.gateways import Configuration, SimGateway
@@ -157,18 +157,14 @@ class Invariants(Watch):
             return  # those that are too many wait for somebody's word
         expiring = {note.subject for note in notes if note.kind is NoteKind.EXPIRING}
         # A canary is wanted beside its model, however many of that there still are.
-        canaries = set(self._revisions(model.variants[1:]))
-        revision = new.name.split(".")[2]
-        canary = revision in canaries
-
-        def counts(other: str) -> bool:
-            return other == revision if canary else other not in canaries
-
+        digests = self._world.cycle.digests
+        canaries = {one.revision(digests[one.image]) for one in model.variants[1:]}
+        canary = new.name.split(".")[2] in canaries
         names = {
             job.name
             for job in self._world.cluster.ours
             if job.name.split(".")[1] == model_name
-            and counts(job.name.split(".")[2])
+            and (job.name.split(".")[2] in canaries) == canary
             and job.state != "COMPLETING"
             and job.id not in self._leaving
             and job.name not in expiring
@@ -181,12 +177,6 @@ class Invariants(Watch):
             most = model.replicas + self._fleet.defaults.rollout.max_surge
         if len(names) > most:
             self._fail(2, f"{len(names)} replicas of {model_name}, {most} at most are wanted")
-
-    def _revisions(self, models: Iterable[Model]) -> Iterator[str]:
-        """Yield the revisions that models have and had: an image may be rebuilt at any moment."""
-        for model in models:
-            for build in range(1, self._world.images[model.image] + 1):
-                yield model.revision(f"{model.image}:{build}")
 
     def told(self, ref: JobRef, job: SimJob | None) -> None:
         """Invariants 1, 4, 7 and 8, when a job is about to be told to drain."""

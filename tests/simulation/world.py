@@ -52,6 +52,7 @@ class Cycle:
     cut: bool = False  # no probe got out
     views: tuple[GatewayView, ...] = ()
     probes: Mapping[JobKey, Probe] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)  # of the images that could be read
     fleet: Fleet | None = None
     clock_offset_s: float = 0.0  # when it began
 
@@ -230,7 +231,7 @@ class SimSlurm:
 
     def maintenances(self) -> Sequence[float]:
         with self.world.call("maintenances"):
-            if not self.world.cluster.up:
+            if not self.world.slurm_answers:
                 raise SlurmUnavailable("scontrol gave no answer in 20 s")
             begin = self.world.cluster.maintenance_at
             return [] if begin is None else [float(int(begin))]
@@ -453,6 +454,7 @@ class SimImages:
                 else:
                     digest = f"{name}:{world.images[name]}"
                     pins[name] = ImagePin(program=f"/opt/{name}", digest=digest)
+            world.cycle.digests = {name: pin.digest for name, pin in pins.items()}
             return pins, errors
 
 

@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 from reconciler.cycle import cycle
 from reconciler.errors import FleetError
+from reconciler.memory import FORGET_MAINTENANCES_S
 from reconciler.naming import parse_comment
 from reconciler.plan import NoteKind, Plan, Status
 from reconciler.planner import plan
@@ -108,6 +109,7 @@ class Simulation:
                 self._cycle(self._by_cycle.get(self._at_cycle, ()))
             self.timeline.advance(faults.LATEST_S)
             self._heal()
+            self._forget_maintenances()
             self._settle()
             if self._seed % 3 == 0:
                 self._release_badly()
@@ -244,6 +246,15 @@ class Simulation:
         if not self.spec.commit():
             raise AssertionError("the healed spec is refused")
         cluster.kick()
+
+    def _forget_maintenances(self) -> None:
+        """Let what is remembered of maintenances be forgotten: it cuts walltimes short."""
+        began = self.timeline.now
+        while self._cycle(()) and self.timeline.now - began < FORGET_MAINTENANCES_S:
+            known = self.world.memory.maintenances
+            if known is None or not known.begin:
+                break
+        self._heal()
 
     def _settle(self) -> None:
         """Liveness: the fleet becomes what the spec says within a bound, and stays so."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from reconciler.naming import parse_comment, parse_name
 from reconciler.plan import Cancel, Drain, JobRef, NoteKind, Plan, Reason, Route, Status
 from reconciler.rollover import MARGIN_S
-from reconciler.spec import Fleet
+from reconciler.spec import Fleet, Model
 from reconciler.state import Health, JobKey, Probe
 from tests.simulation.cluster import FLEET, STARTED, SimJob
 from tests.simulation.gateways import Configuration, SimGateway
@@ -157,8 +157,7 @@ class Invariants(Watch):
             return  # those that are too many wait for somebody's word
         expiring = {note.subject for note in notes if note.kind is NoteKind.EXPIRING}
         # A canary is wanted beside its model, however many of that there still are.
-        digests = self._world.cycle.digests
-        canaries = {one.revision(digests[one.image]) for one in model.variants[1:]}
+        canaries = self._canaries(model)
         canary = new.name.split(".")[2] in canaries
         names = {
             job.name
@@ -177,6 +176,13 @@ class Invariants(Watch):
             most = model.replicas + self._fleet.defaults.rollout.max_surge
         if len(names) > most:
             self._fail(2, f"{len(names)} replicas of {model_name}, {most} at most are wanted")
+
+    def _canaries(self, model: Model) -> set[str]:
+        """The revision of a model's canary, if it has one, by the images as this cycle saw them."""
+        digests = self._world.cycle.digests
+        return {
+            one.revision(digests[one.image]) for one in model.variants[1:] if one.image in digests
+        }
 
     def told(self, ref: JobRef, job: SimJob | None) -> None:
         """Invariants 1, 4, 7 and 8, when a job is about to be told to drain."""
@@ -242,11 +248,17 @@ class Invariants(Watch):
             return
         if reason is Reason.EXPIRING and self._ends_soon(job):
             return
+        canaries = self._canaries(model)
+        canary = ref.name.revision in canaries
         ready = sum(
-            view.name.model == model.name and view.status is Status.READY
+            view.name.model == model.name
+            and view.status is Status.READY
+            and (not canary or view.name.revision in canaries)
             for view in self._plan.replicas
         )
         needed = model.replicas - self._fleet.defaults.rollout.max_unavailable
+        if canary:
+            needed = sum(variant.replicas for variant in model.variants[1:])
         if ready >= needed or (self._clock_is_ahead(reason) and self.excused("clock")):
             return
         self._fail(8, f"{job.name} goes although only {ready} of {needed} others serve")

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from reconciler.hostlist import expand
 from reconciler.naming import Comment, ReplicaName, Run
 
 JobKey = tuple[int, int]
@@ -74,7 +75,7 @@ class Job:
     name: ReplicaName
     state: str  # Slurm's word
     reason: str  # Slurm's word, "None" when there is none
-    nodes: str
+    nodes: str  # Slurm's list of them, as `gpu[1-2]`; "" while it waits
     started_at: int | None
     ends_at: int | None
     restarts: int
@@ -86,6 +87,10 @@ class Job:
         return (self.id, self.submitted_at)
 
     @property
+    def node_names(self) -> tuple[str, ...]:
+        return expand(self.nodes)
+
+    @property
     def phase(self) -> Phase:
         return PHASES.get(self.state, Phase.UNKNOWN)
 
@@ -95,7 +100,8 @@ class Job:
         run = self.comment.run if self.comment else None
         if run is None or self.phase is not Phase.RUNNING:
             return None
-        return run if (run.node, run.restarts) == (self.nodes, self.restarts) else None
+        moved = run.node not in self.node_names or run.restarts != self.restarts
+        return None if moved else run
 
 
 class Health(StrEnum):

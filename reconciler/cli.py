@@ -285,7 +285,7 @@ def render(spec: Path, model: str) -> None:
     name = ReplicaName(
         fleet=fleet.fleet, model=model, revision=wanted.revision(pin.digest), ordinal=0
     )
-    submit = Submit(name=name, gpus=wanted.resources.gpus, reason=Reason.MISSING)
+    submit = Submit(name=name, gpus=wanted.resources.gpus_total, reason=Reason.MISSING)
     script = batch_script(fleet, wanted, submit, program=pin.program, commit=_commit(spec))
     click.echo(script, nl=False)
 

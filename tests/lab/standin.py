@@ -6,8 +6,8 @@
 It takes vLLM's command line (flags that it has no use for are ignored) and shows vLLM's paths,
 error bodies, metrics, processes, and ways to drain and to die; tests/engine holds the same tests
 for both.  Every answer names its replica (the last served name) in `system_fingerprint`.  With
---nnodes it is one rank of several: any that goes takes rank 0 with it, and the others stay, as
-vLLM's do.  What may go wrong is switched on by the environment:
+--nnodes it is one rank of several: when another is lost rank 0 dies of the next request, and the
+others stay when rank 0 goes, as vLLM's do.  What may go wrong is switched on by the environment:
 
     STANDIN_TOKENS_PER_S    pace of each stream (200)
     STANDIN_START_S         seconds until it listens; the port is taken at once, as vLLM does (0)
@@ -29,7 +29,7 @@ import sys
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -171,6 +171,8 @@ class Engine:
     # Its process was ended on purpose while streams were open: they never end by themselves.
     frozen: bool = False
     hangs_at: float = float("inf")
+    # What ends the engine's process at the next request, when another rank is gone.
+    lost_rank: Callable[[], None] | None = None
 
     @property
     def in_flight(self) -> int:
@@ -178,6 +180,9 @@ class Engine:
 
     def check(self) -> None:
         """Raise what vLLM answers to a new request in the engine's present state."""
+        if self.lost_rank is not None and not self.dead:
+            self.lost_rank()
+            raise failed(DEAD)
         if self.dead:
             raise failed(DEAD)
         if self.draining:
@@ -563,7 +568,7 @@ async def serve(options: argparse.Namespace, sock: socket.socket) -> None:
     keep(watch(engine, process, server))
     if options.nnodes > 1:
         for rank in await meet(options):
-            keep(follow(rank, process))
+            keep(follow(rank, engine, process))
     await asyncio.sleep(switch("START_S", 0))
     engine.hangs_at = time.monotonic() + switch("HANG_AFTER_S", float("inf"))
     if crash_after_s := switch("CRASH_AFTER_S", 0):
@@ -589,11 +594,14 @@ async def meet(options: argparse.Namespace) -> list[asyncio.StreamReader]:
     return readers
 
 
-async def follow(rank: asyncio.StreamReader, process: asyncio.subprocess.Process) -> None:
-    """End the engine's process when the connection of another rank ends."""
+async def follow(
+    rank: asyncio.StreamReader, engine: Engine, process: asyncio.subprocess.Process
+) -> None:
+    """When another rank is gone the engine dies of the requests it has, or of the next one."""
     with contextlib.suppress(OSError):
         await rank.read()
-    if process.returncode is None:
+    engine.lost_rank = process.kill
+    if engine.in_flight:
         process.kill()
 
 

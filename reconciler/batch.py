@@ -33,7 +33,7 @@ def batch_script(recipe: Recipe, submit: Submit) -> str:
     image = fleet.images[model.image]
     comment = submit_comment(
         submit.name,
-        gpus=model.resources.gpus,
+        gpus=model.resources.gpus_total,
         commit=recipe.commit,
         succeeds=submit.succeeds,
         protect=model.protect,
@@ -49,6 +49,7 @@ def batch_script(recipe: Recipe, submit: Submit) -> str:
             f"comment_base={shlex.quote(comment.removesuffix('}'))}",
             f"program={shlex.quote(program)}",
             f"weights={shlex.quote(model.weights)}",
+            f"node_count={model.resources.nodes}",
             f"drain_timeout_s={fleet.drain_timeout_s(model)}",
             _array("names", [*model.names]),
             _array("launch", _launch(image, model, program)),
@@ -72,7 +73,7 @@ def read_recipe(script: str) -> Recipe | None:
 
 def _sbatch_lines(fleet: Fleet, model: Model, submit: Submit, comment: str) -> Iterator[str]:
     slurm = fleet.slurm_for(model)
-    walltime_s = submit.walltime_s
+    walltime_s, nodes = submit.walltime_s, model.resources.nodes
     options = {
         "job-name": str(submit.name),
         "partition": slurm.partition,
@@ -80,8 +81,10 @@ def _sbatch_lines(fleet: Fleet, model: Model, submit: Submit, comment: str) -> I
         "qos": slurm.qos,
         "time": slurm.walltime if walltime_s is None else slurm_time(walltime_s),
         "exclude": ",".join(submit.exclude) or None,
-        "nodes": "1",
-        "ntasks": "1",
+        "nodes": str(nodes),
+        "ntasks": str(nodes),
+        "ntasks-per-node": "1" if nodes > 1 else None,
+        # These three are for each node.
         "cpus-per-task": str(model.resources.cpus),
         "mem": model.resources.memory,
         "gres": f"gpu:{model.resources.gpus}",

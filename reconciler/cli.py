@@ -409,7 +409,7 @@ def render(spec: Path, model: str) -> None:
     name = ReplicaName(
         fleet=fleet.fleet, model=model, revision=wanted.revision(pin.digest), ordinal=0
     )
-    submit = Submit(name=name, gpus=wanted.resources.gpus, reason=Reason.MISSING)
+    submit = Submit(name=name, gpus=wanted.resources.gpus_total, reason=Reason.MISSING)
     recipe = Recipe.of(fleet, wanted, digest=pin.digest, program=pin.program, commit=_commit(spec))
     click.echo(batch_script(recipe, submit), nl=False)
 

@@ -1,8 +1,9 @@
 """Why jobs of a revision ended, how long to hold it back, and which nodes to avoid. Pure."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from reconciler.hostlist import expand
 from reconciler.state import Cause, Failure, Failures, Job, JobKey, Memory, Observation, Phase
 
 # The first failure costs seconds (it may be chance), the tenth ten minutes.
@@ -116,13 +117,19 @@ def halted(failures: Failures) -> str | None:
     """Return why a revision is a bad release, None if it may still be chance."""
     in_a_row = failures.recent[-failures.count :] if failures.count else ()
     for why in sorted(_EVERYWHERE):
-        nodes = sorted({failure.node for failure in in_a_row if failure.cause is why})
-        if len(nodes) >= 2:
-            return f"{why} on {' and '.join(nodes)}"
+        alike = [failure for failure in in_a_row if failure.cause is why]
+        if alike and not _common_nodes(alike):
+            return f"{why} on {' and '.join(sorted({failure.node for failure in alike}))}"
     if failures.count >= HALT_AFTER and not failures.was_ready:
         last = f", the last: {in_a_row[-1].cause}" if in_a_row else ""
         return f"{failures.count} failures and never ready{last}"
     return None
+
+
+def _common_nodes(failures: Sequence[Failure]) -> frozenset[str]:
+    """Return the nodes that had a part in every failure: a job has one, or several."""
+    names = [frozenset(expand(failure.node) or ("",)) for failure in failures]
+    return frozenset.intersection(*names) if names else frozenset()
 
 
 def quarantined(memory: Memory, at: float) -> Mapping[str, float]:
@@ -136,10 +143,7 @@ def quarantined(memory: Memory, at: float) -> Mapping[str, float]:
             # What Slurm refused at once is listed as FAILED, and was on no node.
             if failure.node and failure.cause in _NODES_OWN and at - failure.at < QUARANTINE_S
         ]
-        nodes = {failure.node for failure in recent}
-        if len(nodes) != 1:
-            continue
-        (node,) = nodes
-        counts[node] = counts.get(node, 0) + len(recent)
-        until[node] = max(until.get(node, 0.0), recent[-1].at + QUARANTINE_S)
+        for node in _common_nodes(recent):
+            counts[node] = counts.get(node, 0) + len(recent)
+            until[node] = max(until.get(node, 0.0), recent[-1].at + QUARANTINE_S)
     return {node: until[node] for node in sorted(until) if counts[node] >= QUARANTINE_AFTER}

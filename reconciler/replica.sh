@@ -1,6 +1,10 @@
 # One replica: start the engine, say where it is, drain when told, end as the engine ends.
 # The lines above set: comment_base names program weights launch arguments environment contained
-# drain_timeout_s
+# node_count drain_timeout_s
+#
+# A replica of several nodes is one engine with a rank on each. The batch script runs rank 0, which
+# alone has an address; srun runs this same script once more on every other node, as
+# `rank MASTER_ADDRESS MASTER_PORT`. All or nothing: the first rank that ends ends the job.
 # shellcheck shell=bash disable=SC2154,SC2317
 set -u
 
@@ -12,9 +16,9 @@ readonly port_tries=5
 readonly exit_no_weights=66 exit_no_program=69 exit_node=71
 
 trap_ready=false ready=null draining=false address='' engine='' publisher=''
-clock='' overdue=false scratch=''
+clock='' overdue=false scratch='' rank=0 others='' master='' master_port='' speaker=''
 
-say() { printf '%(%F %T)T fleet: %s\n' -1 "$*"; }
+say() { printf '%(%F %T)T fleet: %s%s\n' -1 "$speaker" "$*"; }
 
 # The address that others reach this node by: what Slurm itself uses, else the host's first one.
 node_address() {
@@ -87,24 +91,77 @@ set_environment() {
     export APPTAINERENV_HOME=/tmp APPTAINERENV_XDG_CACHE_HOME=/tmp/cache
     export APPTAINERENV_TRITON_CACHE_DIR=/tmp/triton APPTAINERENV_TORCHINDUCTOR_CACHE_DIR=/tmp/inductor
   fi
+  # Without it vLLM asks the default route which address is its own, and a node may have none.
+  ((node_count == 1)) || export "${prefix}VLLM_HOST_IP=$node"
   for variable in "${environment[@]}"; do export "$prefix$variable"; done
 }
 
-start_engine() {
-  choose_port || exit "$exit_node"
-  address="$node:$port"
-  say "engine starts on $address"
-  local command=(
-    "${launch[@]}" "${arguments[@]}" --host "$node" --port "$port"
-    --served-model-name "${names[@]}" "${names[0]}@$SLURM_JOB_ID"
-  )
+# Start this node's rank of the engine, with further words for its command line.
+start_rank() {
+  local command=("${launch[@]}" "${arguments[@]}" "$@")
+  if ((node_count > 1)); then
+    command+=(--nnodes "$node_count" --node-rank "$rank")
+    command+=(--master-addr "$master" --master-port "$master_port")
+  fi
   (
     trap - USR1 USR2 TERM EXIT
     set_environment
     exec "${command[@]}"
   ) &
   engine=$!
+}
+
+start_engine() {
+  if ((node_count > 1)); then
+    choose_port || exit "$exit_node"
+    master=$node master_port=$port
+  fi
+  choose_port || exit "$exit_node"
+  address="$node:$port"
+  say "engine starts on $address"
+  start_rank --host "$node" --port "$port" \
+    --served-model-name "${names[@]}" "${names[0]}@$SLURM_JOB_ID"
+  ((node_count == 1)) || start_others
   publish
+}
+
+# Start the other ranks, each on a node of its own. They read this script from stdin, as no other
+# node has Slurm's copy of it, and its variables must not become arguments, which anyone could read.
+start_others() {
+  local count=$((node_count - 1))
+  (
+    trap - USR1 USR2 TERM EXIT
+    exec srun --relative=1 --nodes="$count" --ntasks="$count" --ntasks-per-node=1 \
+      --cpus-per-task="$SLURM_CPUS_PER_TASK" --mpi=none --kill-on-bad-exit=1 --input=all \
+      bash -s rank "$master" "$master_port" <"$0"
+  ) &
+  others=$!
+}
+
+# For another start; at the job's end Slurm tells them. srun passes the signal on.
+stop_others() {
+  [[ -z $others ]] || { kill -USR1 "$others" && wait "$others"; } 2>/dev/null
+  others=''
+}
+
+# The life of another rank than 0. Its status becomes the job's, unless it was told to end. vLLM's
+# outlives rank 0, and takes its time to heed a TERM: it is killed.
+run_rank() {
+  rank=$((SLURM_PROCID + 1)) master=$1 master_port=$2 speaker="$SLURMD_NODENAME: "
+  trap 'exit 0' USR1 TERM
+  prepare_node
+  say "rank $rank starts"
+  start_rank --headless
+  wait "$engine"
+  local status=$?
+  say "rank $rank ended with status $status"
+  # With 0, srun would wait for the others, and they for this one.
+  exit $((status == 0 ? 1 : status))
+}
+
+# Whether all that the script has started still runs.
+lives() {
+  { kill -0 "$engine" && { [[ -z $others ]] || kill -0 "$others"; }; } 2>/dev/null
 }
 
 answers() {
@@ -124,47 +181,63 @@ drain() {
   # vLLM has been seen to stay long after its own shutdown timeout, for a client that never left.
   {
     trap - USR1 TERM EXIT
-    sleep "$drain_timeout_s"
+    sleep "$drain_timeout_s" &
+    nap=$!
+    trap 'kill "$nap"; exit' TERM
+    wait "$nap"
     kill -USR2 $$
   } &
   clock=$!
 }
 
+# Make this node's scratch folder, find its address, and end here if it lacks what an engine needs.
+prepare_node() {
+  scratch=$(mktemp -d "${TMPDIR:-/tmp}/fleet-$SLURM_JOB_ID.XXXXXX") || exit "$exit_node"
+  launch=("${launch[@]/#@SCRATCH@/$scratch}")
+  node=$(node_address)
+  if [[ -z $node ]]; then
+    say "this node has no address that others could reach"
+    exit "$exit_node"
+  fi
+  if ! [[ -e $program ]]; then
+    say "$program is not on this node: provision the image"
+    exit "$exit_no_program"
+  fi
+  if ! [[ -e $weights ]]; then
+    say "$weights is not on this node: provision the weights"
+    exit "$exit_no_weights"
+  fi
+}
+
+# Not every site's Slurm finds a process whose parent has gone, so nothing is left for it to find.
+clean_up() {
+  stop_publishing
+  [[ -z $clock ]] || kill "$clock"
+  [[ -z $engine ]] || kill -KILL "$engine"
+  rm -rf "$scratch"
+} 2>/dev/null
+
+trap clean_up EXIT
+[[ ${1:-} != rank ]] || run_rank "$2" "$3"
+
 # TERM comes to every process of the job at once (scancel, walltime): only wait for the engine.
 trap 'say "told to end"; draining=true' TERM
 trap drain USR1
 trap 'say "drain timeout"; overdue=true' USR2
-trap 'stop_publishing; [[ -z $clock ]] || kill "$clock" 2>/dev/null; rm -rf "$scratch"' EXIT
 trap_ready=true
 
-scratch=$(mktemp -d "${TMPDIR:-/tmp}/fleet-$SLURM_JOB_ID.XXXXXX") || exit "$exit_node"
-launch=("${launch[@]/#@SCRATCH@/$scratch}")
-node=$(node_address)
-if [[ -z $node ]]; then
-  say "this node has no address that others could reach"
-  exit "$exit_node"
-fi
-if ! [[ -e $program ]]; then
-  say "$program is not on this node: provision the image"
-  exit "$exit_no_program"
-fi
-if ! [[ -e $weights ]]; then
-  say "$weights is not on this node: provision the weights"
-  exit "$exit_no_weights"
-fi
-
+prepare_node
 tried=0
 start_engine
 while true; do
   # Past the drain timeout the script ends, and Slurm ends whatever of the job is left.
-  while ! $overdue && kill -0 "$engine" 2>/dev/null; do
-    if [[ $ready == null ]]; then
-      if ! $draining && answers; then
-        printf -v ready '%(%s)T' -1
-        say "engine ready"
-        publish
-        continue
-      fi
+  while ! $overdue && lives; do
+    if [[ $ready == null ]] && ! $draining && answers; then
+      printf -v ready '%(%s)T' -1
+      say "engine ready"
+      publish
+    elif [[ $ready == null || -n $others ]]; then
+      # Before 4.3 bash can't wait for whichever of two ends first.
       sleep 1 &
       wait $!
     else
@@ -172,11 +245,18 @@ while true; do
     fi
   done
   $overdue && exit 1
+  if kill -0 "$engine" 2>/dev/null; then
+    wait "$others"
+    status=$?
+    say "another rank ended, with status $status"
+    exit $((status == 0 ? 1 : status))
+  fi
   wait "$engine"
   status=$?
   # Someone else took the port between the choice and the bind: choose another.
   if [[ $ready == null ]] && ! $draining && listens "$port" && ((++tried < port_tries)); then
     say "port $port was taken by another process"
+    stop_others
     start_engine
     continue
   fi

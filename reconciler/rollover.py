@@ -43,7 +43,8 @@ def due(
     succeeded = {job.comment.succeeds for job in jobs if job.comment is not None}
     lead = lead_s(leads)
     keys = {job.key for job in jobs if job.key in succeeded}
-    keys |= {job.key for job in jobs if nodes.get(job.nodes, "").startswith("drain")}
+    drained = {name for name, word in nodes.items() if word.startswith("drain")}
+    keys |= {job.key for job in jobs if drained.intersection(job.node_names)}
     ending = [(job.ends_at, job) for job in jobs if job.ends_at is not None and job.run]
     ending.sort(key=lambda pair: (pair[0], pair[1].key))
     for rank, (ends_at, job) in enumerate(ending, start=1):

@@ -5,6 +5,7 @@ A folder holds `fleet.yaml` and any number of `models/*.yaml` (one model a file)
 
 import hashlib
 import json
+import math
 import re
 import types
 import typing
@@ -178,9 +179,17 @@ class Defaults(Strict):
 class Resources(Strict):
     """What one replica holds."""
 
-    gpus: Positive = 1
-    cpus: Positive = 8
-    memory: Memory
+    nodes: Positive = Field(
+        1, description="more than one: the engine's ranks run one to a node, behind one endpoint"
+    )
+    gpus: Positive = Field(1, description="on each node")
+    cpus: Positive = Field(8, description="on each node")
+    memory: Memory = Field(description="on each node")
+
+    @property
+    def gpus_total(self) -> int:
+        """What one replica holds of the budget: the GPUs of all its nodes."""
+        return self.nodes * self.gpus
 
 
 class Canary(Strict):
@@ -460,10 +469,9 @@ def impossibilities(fleet: Fleet) -> Iterator[tuple[source.Path, str]]:
         if model.image not in fleet.images:
             hint = source.did_you_mean(model.image, fleet.images)
             yield (*here, "image"), f'no image "{model.image}" under images{hint}'
-        if model.resources.gpus > fleet.budget.gpus:
-            message = (
-                f"one replica needs {model.resources.gpus} GPUs, the budget is {fleet.budget.gpus}"
-            )
+        needed_gpus = model.resources.gpus_total
+        if needed_gpus > fleet.budget.gpus:
+            message = f"one replica needs {needed_gpus} GPUs, the budget is {fleet.budget.gpus}"
             yield (*here, "resources", "gpus"), message
         needed = fleet.startup_timeout_s(model) + fleet.drain_timeout_s(model)
         if parse_duration(fleet.slurm_for(model).walltime) <= needed:
@@ -472,7 +480,7 @@ def impossibilities(fleet: Fleet) -> Iterator[tuple[source.Path, str]]:
         yield from _argument_mistakes(fleet, model, here)
         yield from _canary_mistakes(fleet, model, (*here, "canary"))
     wanted = sum(
-        variant.replicas * variant.resources.gpus
+        variant.replicas * variant.resources.gpus_total
         for model in fleet.models
         for variant in model.variants
     )
@@ -495,7 +503,21 @@ def warnings(fleet: Fleet) -> Iterator[tuple[source.Path, str]]:
 # Engine arguments that identify or place a replica: two answers to one question can't both hold.
 _OURS = frozenset(
     {"host", "port", "served-model-name", "shutdown-timeout", "api-key", "model", "config"}
+    | {"nnodes", "node-rank", "master-addr", "master-port", "headless"}
 )
+# Their product is how many ranks an engine has.
+_PARALLEL = (
+    *("tensor-parallel-size", "pipeline-parallel-size"),
+    *("prefill-context-parallel-size", "data-parallel-size"),
+)
+
+
+def _ranks(args: Mapping[str, ArgValue]) -> int | None:
+    """Return how many ranks the engine will have, None if an argument is no whole number."""
+    given = {key.replace("_", "-"): value for key, value in args.items()}
+    sizes = [given.get(name, 1) for name in _PARALLEL]
+    whole = [size for size in sizes if type(size) is int]
+    return math.prod(whole) if len(whole) == len(sizes) else None
 
 
 def _canary_mistakes(
@@ -521,6 +543,13 @@ def _argument_mistakes(
     """Yield each argument of a model that its engine could not be given, or would not take."""
     for key, message in _unfit_arguments(model.args):
         yield (*here, "args", key), message
+    ranks = _ranks(model.args)
+    if ranks is not None and ranks % model.resources.nodes:
+        message = (
+            f"tensor-parallel-size times pipeline-parallel-size, in args, is {ranks}: "
+            f"it must be a multiple of the {model.resources.nodes} nodes"
+        )
+        yield (*here, "resources", "nodes"), message
     for path, message in _refused_arguments(fleet, model):
         yield (*here, "args", *path), message
 

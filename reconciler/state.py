@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Self
 
+from reconciler.hostlist import expand
 from reconciler.naming import Comment, ReplicaName, Run
 from reconciler.spec import Fleet, Model
 
@@ -83,7 +84,7 @@ class Job:
     name: ReplicaName
     state: str  # Slurm's word
     reason: str  # Slurm's word, "None" when there is none
-    nodes: str
+    nodes: str  # Slurm's list of them, as `gpu[1-2]`; "" while it waits
     started_at: int | None
     ends_at: int | None
     restarts: int
@@ -94,6 +95,10 @@ class Job:
     @property
     def key(self) -> JobKey:
         return (self.id, self.submitted_at)
+
+    @property
+    def node_names(self) -> tuple[str, ...]:
+        return expand(self.nodes)
 
     @property
     def waits_for_reservation(self) -> bool:
@@ -120,7 +125,8 @@ class Job:
         run = self.comment.run if self.comment else None
         if run is None or self.phase is not Phase.RUNNING:
             return None
-        return run if (run.node, run.restarts) == (self.nodes, self.restarts) else None
+        moved = run.node not in self.node_names or run.restarts != self.restarts
+        return None if moved else run
 
 
 class Health(StrEnum):

@@ -329,7 +329,7 @@ def _submits(
             name=ReplicaName(
                 fleet=seen.fleet.fleet, model=model.name, revision=revision, ordinal=ordinal
             ),
-            gpus=model.resources.gpus,
+            gpus=model.resources.gpus_total,
             reason=Reason.EXPIRING if at < len(predecessors) else reason,
             walltime_s=_walltime_s(model, ordinal, seen),
             exclude=tuple(seen.quarantined),

@@ -92,7 +92,7 @@ class Seen:
             at=self.at,
             leads=self.memory.leads.get(model.name, ()),
             drain_timeout_s=self.fleet.drain_timeout_s(model),
-            slots=headroom // model.resources.gpus,
+            slots=headroom // model.resources.gpus_total,
             nodes=self.observation.nodes or {},
         )
 
@@ -176,11 +176,12 @@ class Seen:
         if job.comment is not None:
             return job.comment.gpus
         model = self.models.get(job.name.model)
-        return model.resources.gpus if model else 1
+        return model.resources.gpus_total if model else 1
 
     def _node_is_down(self, job: Job) -> bool:
-        word = (self.observation.nodes or {}).get(job.nodes, "")
-        return word.startswith("down") or word.endswith("*")
+        # Of a job that ends Slurm lists the nodes that it still holds.
+        words = [(self.observation.nodes or {}).get(name, "") for name in job.node_names]
+        return bool(words) and all(w.startswith("down") or w.endswith("*") for w in words)
 
 
 def serves(job: Job, seen: Seen) -> bool:

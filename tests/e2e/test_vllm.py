@@ -1,14 +1,18 @@
 """The whole system with real vLLM: on the CPU, in a SIF, in a Slurm job, behind NGINX."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import openai
 import pytest
 
+from reconciler.hostlist import expand
 from tests.lab import Lab
 from tests.lab.fleet import Fleet, engine_binds
 from tests.lab.load import Load, in_flight
+from tests.lab.wait import wait_for
+
+WIDE = "resources: {nodes: 2, gpus: 1"
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +52,30 @@ def test_real_vllm_drains_by_usr1_with_its_streams_whole(vllm_fleet: Fleet) -> N
 
     load = asyncio.run(go())
     assert [(r.done, r.finish, r.error) for r in load.requests] == [(True, "length", "")] * 4
+
+
+def test_real_vllm_on_two_nodes_serves_drains_and_leaves_nothing(vllm_fleet: Fleet) -> None:
+    """Tensor parallel over two hosts: one address; USR1 lets streams end, then no rank is left."""
+    ranks = "args: {tensor-parallel-size: 2, dtype: bfloat16"
+    vllm_fleet.edit("args: {dtype: bfloat16", ranks)
+    # The image has no compiler, and on the CPU this part of vLLM would want one.
+    vllm_fleet.edit("resources: {gpus: 1", 'env: {TORCHDYNAMO_DISABLE: "1"}\n    ' + WIDE)
+    vllm_fleet.run("apply", "--wait", "--timeout", "4m")
+    (replica,) = [replica for replica in vllm_fleet.replicas() if replica["routed"]]
+    nodes = expand(replica["node"])
+    assert len(nodes) == 2
+
+    async def go() -> Load:
+        async with in_flight(vllm_fleet.url, "tiny", plain=0, streams=4, tokens=300) as load:
+            usr1 = ["scancel", "--batch", "--signal=USR1", str(replica["job_id"])]
+            await asyncio.to_thread(vllm_fleet.lab.run, "login", usr1)
+        return load
+
+    load = asyncio.run(go())
+    assert [(r.done, r.finish, r.error) for r in load.requests] == [(True, "length", "")] * 4
+    wait_for("every process to leave both", lambda: not _processes(vllm_fleet, nodes), timeout_s=60)
+
+
+def _processes(fleet: Fleet, nodes: Iterable[str]) -> str:
+    look = ["pgrep", "-a", "-u", "fleet"]
+    return "".join(fleet.lab.run(node, look, user="root", check=False).stdout for node in nodes)

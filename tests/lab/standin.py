@@ -5,8 +5,9 @@
 
 It takes vLLM's command line (flags that it has no use for are ignored) and shows vLLM's paths,
 error bodies, metrics, processes, and ways to drain and to die; tests/engine holds the same tests
-for both.  Every answer names its replica (the last served name) in `system_fingerprint`.  What may
-go wrong is switched on by the environment:
+for both.  Every answer names its replica (the last served name) in `system_fingerprint`.  With
+--nnodes it is one rank of several: when another is lost rank 0 dies of the next request, and the
+others stay when rank 0 goes, as vLLM's do.  What may go wrong is switched on by the environment:
 
     STANDIN_TOKENS_PER_S    pace of each stream (200)
     STANDIN_START_S         seconds until it listens; the port is taken at once, as vLLM does (0)
@@ -28,7 +29,7 @@ import sys
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,8 @@ class Engine:
     # Its process was ended on purpose while streams were open: they never end by themselves.
     frozen: bool = False
     hangs_at: float = float("inf")
+    # What ends the engine's process at the next request, when another rank is gone.
+    lost_rank: Callable[[], None] | None = None
 
     @property
     def in_flight(self) -> int:
@@ -177,6 +180,9 @@ class Engine:
 
     def check(self) -> None:
         """Raise what vLLM answers to a new request in the engine's present state."""
+        if self.lost_rank is not None and not self.dead:
+            self.lost_rank()
+            raise failed(DEAD)
         if self.dead:
             raise failed(DEAD)
         if self.draining:
@@ -553,12 +559,16 @@ async def serve(options: argparse.Namespace, sock: socket.socket) -> None:
         lifespan="off",
     )
     server = Server(config)
-    process = await asyncio.create_subprocess_exec(sys.executable, __file__, "engine-core")
+    me = str(os.getpid())
+    process = await asyncio.create_subprocess_exec(sys.executable, __file__, "engine-core", me)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(
         signal.SIGTERM, lambda: keep(drain(engine, process, server, options.shutdown_timeout))
     )
     keep(watch(engine, process, server))
+    if options.nnodes > 1:
+        for rank in await meet(options):
+            keep(follow(rank, engine, process))
     await asyncio.sleep(switch("START_S", 0))
     engine.hangs_at = time.monotonic() + switch("HANG_AFTER_S", float("inf"))
     if crash_after_s := switch("CRASH_AFTER_S", 0):
@@ -567,6 +577,44 @@ async def serve(options: argparse.Namespace, sock: socket.socket) -> None:
     if process.returncode is None:
         process.kill()
         await process.wait()
+
+
+async def meet(options: argparse.Namespace) -> list[asyncio.StreamReader]:
+    """Return a connection from each other rank, when all of them are there."""
+    arrived: asyncio.Queue[asyncio.StreamReader] = asyncio.Queue()
+    writers: list[asyncio.StreamWriter] = []
+
+    def arrive(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)  # an unreferenced one would be closed
+        arrived.put_nowait(reader)
+
+    master = await asyncio.start_server(arrive, options.master_addr, options.master_port)
+    readers = [await arrived.get() for _ in range(options.nnodes - 1)]
+    master.close()
+    return readers
+
+
+async def follow(
+    rank: asyncio.StreamReader, engine: Engine, process: asyncio.subprocess.Process
+) -> None:
+    """When another rank is gone the engine dies of the requests it has, or of the next one."""
+    with contextlib.suppress(OSError):
+        await rank.read()
+    engine.lost_rank = process.kill
+    if engine.in_flight:
+        process.kill()
+
+
+def headless(options: argparse.Namespace) -> None:
+    """Another rank: it joins rank 0, and stays until a signal, also when rank 0 has gone."""
+    while True:
+        with contextlib.suppress(OSError):
+            master = socket.create_connection((options.master_addr, options.master_port), timeout=5)
+            break
+        time.sleep(0.1)
+    print(f"standin: rank {options.node_rank} has joined {master.getpeername()}", file=sys.stderr)
+    while True:
+        signal.pause()
 
 
 # The loop itself forgets tasks that nobody holds.
@@ -628,6 +676,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--ssl-certfile")
     parser.add_argument("--ssl-keyfile")
     parser.add_argument("--config", type=Path)
+    parser.add_argument("--nnodes", type=int, default=1)
+    parser.add_argument("--node-rank", type=int, default=0)
+    parser.add_argument("--master-addr")
+    parser.add_argument("--master-port", type=int)
+    parser.add_argument("--headless", action="store_true")
     return parser
 
 
@@ -652,22 +705,23 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-def engine_core() -> None:
+def engine_core(parent: int) -> None:
     """The engine's process: it lives until a signal, or until its parent is gone."""
     with contextlib.suppress(OSError):
         Path("/proc/self/comm").write_text("VLLM::EngineCor")
-    parent = os.getppid()
     while os.getppid() == parent:
         time.sleep(1)
 
 
 def main(argv: list[str]) -> int:
-    if argv == ["engine-core"]:
-        engine_core()
+    if argv[0] == "engine-core":
+        engine_core(int(argv[1]))
         return 0
     if code := os.environ.get("STANDIN_EXIT_CODE"):
         return int(code)
     options = options_of(argv)
+    if options.headless:
+        headless(options)
     try:
         sock = bind(options.host, options.port)
     except OSError as error:

@@ -98,7 +98,7 @@ class Perfect:
                 ends_at=int(self.at) + (action.walltime_s or _WALLTIME_S),
                 restarts=0,
                 comment=Comment(
-                    gpus=model.resources.gpus,
+                    gpus=model.resources.gpus_total,
                     commit=None,
                     run=None,
                     succeeds=action.succeeds,
@@ -122,12 +122,13 @@ class Perfect:
         """The job as a perfect world has it next: running, published, ready."""
         model = self.fleet.model(job.name.model)
         comment = job.comment or Comment(
-            gpus=model.resources.gpus if model else 1, commit=None, run=None
+            gpus=model.resources.gpus_total if model else 1, commit=None, run=None
         )
         run = Run(
             node="node1",
             restarts=0,
-            address=f"10.0.{job.id // 250}.{job.id % 250 + 1}:20000",
+            # As in worlds.py: a world that has settled must not move.
+            address=f"10.0.{job.id // 250}.{job.id % 250}:20000",
             trap_ready=True,
             ready_at=job.run.ready_at if job.run and job.run.ready_at else int(self.at),
             draining=False,
@@ -168,5 +169,5 @@ def _possible(fleet: Fleet, job: Job) -> Job:
         return job
     if job.comment is not None and job.name.revision == model.revision(DIGEST):
         # Of one revision all hold the same; more would block the budget for good.
-        return replace(job, comment=replace(job.comment, gpus=model.resources.gpus))
+        return replace(job, comment=replace(job.comment, gpus=model.resources.gpus_total))
     return job

@@ -78,7 +78,7 @@ def test_plan_never_goes_over_the_budget(world: World) -> None:
     for action in submits(decided):
         model = world.fleet.model(action.name.model)
         assert model is not None
-        assert action.gpus == model.resources.gpus
+        assert action.gpus == model.resources.gpus_total
 
 
 @SETTINGS

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from hypothesis import strategies as st
 
+from reconciler.hostlist import expand
 from reconciler.naming import Comment, ReplicaName, Run
 from reconciler.plan import Plan
 from reconciler.planner import plan
@@ -34,6 +35,7 @@ NAMES = ("alpha", "beta", "gamma")
 GONE = "gone"  # a model that no spec has
 IMAGES = ("one", "two")
 NODES = ("node1", "node2", "node3")
+WIDE = ("node[1-2]", "node[1,3]")
 # Words that no release of Slurm has had, and the adapter's own.
 UNKNOWN_STATES = ("HIBERNATED", "", "running", "UNREADABLE")
 STATES = (*PHASES, *UNKNOWN_STATES)
@@ -84,8 +86,9 @@ def fleets(draw: st.DrawFn, *, roomy: bool = False) -> Fleet:
     """A spec that `fleet validate` takes; `roomy`: its budget lets every rollout take a step."""
     pick = Pick(draw)
     models = [_model(pick, name, roomy) for name in NAMES[: pick(1, 2, 3)]]
-    held = sum(model["replicas"] * model["resources"]["gpus"] for model in models)
-    most = max(model["resources"]["gpus"] for model in models)
+    sizes = [model["resources"]["gpus"] * model["resources"]["nodes"] for model in models]
+    held = sum(model["replicas"] * size for model, size in zip(models, sizes, strict=True))
+    most = max(sizes)
     rollouts = [(1, 0), (0, 1), (1, 1), (2, 0), (0, 2), (2, 2)]
     surge, unavailable = pick(*rollouts)
     built = fleet(
@@ -111,7 +114,8 @@ def _model(pick: Pick, name: str, roomy: bool) -> dict[str, Any]:
         # A suspended model may hold what others need for as long as it likes.
         suspend=not roomy and pick(False, False, False, True),
         protect=pick(False, True),
-        resources={"gpus": pick(1, 1, 2, 3), "memory": "1G"},
+        resources={"nodes": pick(1, 1, 2), "gpus": pick(1, 1, 2, 3), "memory": "1G"},
+        args={"tensor-parallel-size": 2},
     )
 
 
@@ -129,7 +133,7 @@ def _job(pick: Pick, spec: Fleet, id: int) -> Job:
     revision = pick(wanted, wanted, OLD)
     state = "RUNNING" if well else pick("RUNNING", "PENDING", "any")
     state = pick(*STATES) if state == "any" else state
-    node = pick(*NODES)
+    nodes = pick(*NODES, *WIDE)
     submitted_at = _AT + pick(0, -5, -90, -700, -5_000, -100_000)
     ends_in = pick(None, 100_000, 10_000, 1_500, 400, 100, 30, -10)
     return Job(
@@ -138,11 +142,13 @@ def _job(pick: Pick, spec: Fleet, id: int) -> Job:
         name=ReplicaName(fleet=spec.fleet, model=model, revision=revision, ordinal=pick(*range(5))),
         state=state,
         reason=pick("None", "Resources", "InvalidQOS"),
-        nodes="" if state == "PENDING" else node,
+        nodes="" if state == "PENDING" else nodes,
         started_at=None if state == "PENDING" else submitted_at,
         ends_at=None if ends_in is None else _AT + ends_in,
         restarts=0 if well else pick(0, 0, 1),
-        comment=_comment(pick, id, node, well) if well or pick(True, True, False) else None,
+        comment=_comment(pick, id, expand(nodes)[0], well)
+        if well or pick(True, True, False)
+        else None,
         exit_status=pick(None, 0, 1, 2, 66, 69, 71),
     )
 
@@ -210,7 +216,8 @@ def _past(pick: Pick) -> float:
 
 def _failures(pick: Pick, keys: Sequence[JobKey]) -> Failures:
     failed = [
-        Failure(node=pick(*NODES), cause=pick(*Cause), at=_past(pick)) for _ in range(pick(0, 2, 5))
+        Failure(node=pick(*NODES, *WIDE), cause=pick(*Cause), at=_past(pick))
+        for _ in range(pick(0, 2, 5))
     ]
     return Failures(
         count=pick(0, 1, 3, 6, 2_000),

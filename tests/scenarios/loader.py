@@ -261,7 +261,7 @@ def _comment(fleet: Fleet, record: Record, submitted: Mapping[int, int]) -> Comm
     )
     published = record.get("published", record.get("state") != "PENDING")
     return Comment(
-        gpus=record.get("gpus", model.resources.gpus if model else 1),
+        gpus=record.get("gpus", model.resources.gpus_total if model else 1),
         commit=None,
         run=run if published else None,
         succeeds=None if succeeds is None else (succeeds, submitted.get(succeeds, _GONE_SINCE)),

@@ -5,6 +5,7 @@ The scripts are not only read: bash runs their first half, and the arrays are co
 
 import json
 import re
+import shlex
 import subprocess
 from importlib.resources import files
 from pathlib import Path
@@ -35,7 +36,7 @@ NASTY = [
 def script_of(wanted: Fleet, program: str = "/opt/engine") -> str:
     model = wanted.models[0]
     name = ReplicaName(fleet="demo", model=model.name, revision="0123abcd", ordinal=3)
-    submit = Submit(name=name, gpus=model.resources.gpus, reason=Reason.MISSING)
+    submit = Submit(name=name, gpus=model.resources.gpus_total, reason=Reason.MISSING)
     recipe = Recipe.of(wanted, model, digest="sha", program=program, commit=COMMIT)
     return batch_script(recipe, submit)
 
@@ -66,7 +67,9 @@ def run_head(text: str) -> dict[str, list[str]]:
     return found
 
 
-VARIABLES = ("comment_base", "names", "launch", "arguments", "environment", "contained")
+VARIABLES = (
+    *("comment_base", "names", "launch", "arguments", "environment", "contained", "node_count"),
+)
 
 
 def sbatch_lines(text: str) -> list[str]:
@@ -101,6 +104,7 @@ comment_base='{"v":1,"fleet":"demo","model":"tiny","revision":"0123abcd",\
 "commit":"0123456789ab","gpus":1'
 program=/images/vllm.sif
 weights=/models/tiny
+node_count=1
 drain_timeout_s=60
 names=(tiny org/Tiny)
 launch=(apptainer exec --nv --cleanenv --containall --no-mount home \
@@ -134,7 +138,8 @@ def test_script_of_a_program_on_the_host_names_its_path() -> None:
 
 def test_script_passes_bash_and_shellcheck(tmp_path: Path) -> None:
     """Bash can read every script, and shellcheck has nothing to say about it."""
-    for number, text in enumerate((script(args={"x": NASTY[2]}), script(top=SIF))):
+    scripts = (script(args={"x": NASTY[2]}), script(top=SIF), script(resources=RANKS))
+    for number, text in enumerate(scripts):
         path = tmp_path / f"{number}.sh"
         path.write_text(text, encoding="utf-8")
         # SC2317, SC2329: what only a trap calls seems unreachable.
@@ -264,6 +269,70 @@ def test_R23_resources_are_asked_for_as_written() -> None:
     parsed = parse_comment(comment.removeprefix("--comment='").removesuffix("'"))
     assert parsed is not None
     assert (parsed.gpus, parsed.commit, parsed.run) == (3, COMMIT, None)
+
+
+def test_several_nodes_are_asked_for_with_what_each_must_have() -> None:
+    """GPUs, cores and memory are per node, one rank on each; the comment counts all GPUs."""
+    text = script(resources={"nodes": 2, "gpus": 4, "cpus": 5, "memory": "7G"}, replicas=1)
+    lines = sbatch_lines(text)
+    assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1"} <= set(lines)
+    assert {"--gres=gpu:4", "--cpus-per-task=5", "--mem=7G"} <= set(lines)
+    [comment] = [line for line in lines if line.startswith("--comment=")]
+    parsed = parse_comment(comment.removeprefix("--comment='").removesuffix("'"))
+    assert parsed is not None
+    assert parsed.gpus == 8
+    assert run_head(text)["node_count"] == ["2"]
+
+
+RANKS = {"nodes": 2, "gpus": 1, "memory": "1G"}
+
+
+@pytest.mark.parametrize(
+    ("rank", "more"),
+    [("0", ["--host", "10.0.0.1", "--port", "20001"]), ("1", ["--headless"])],
+)
+def test_rank_of_several_is_told_where_the_first_is(rank: str, more: list[str]) -> None:
+    """Each rank gets the spec's words, its own, and who it is; and the address of its own node."""
+    show = """#!/bin/bash
+printf '%s\\0' "$VLLM_HOST_IP" "$A" "$@"
+"""
+    text = script(program="/bin/sh", resources=RANKS, args={"a": "x y"}, env={"A": "it's"})
+    found = functions(
+        text,
+        *(f"node=10.0.0.{int(rank) + 1} master=10.0.0.1 master_port=20000 rank={rank}",),
+        *(f"launch=(bash -c {shlex.quote(show)} engine)", f"start_rank {shlex.join(more)}"),
+        'wait "$engine"',
+    ).split("\0")[:-1]
+    identity = ["--nnodes", "2", "--node-rank", rank]
+    master = ["--master-addr", "10.0.0.1", "--master-port", "20000"]
+    words = ["serve", "/models/tiny", "--shutdown-timeout=60", "--a=x y", *more, *identity, *master]
+    assert found == [f"10.0.0.{int(rank) + 1}", "it's", *words]
+
+
+def test_engine_of_one_node_is_told_of_no_rank() -> None:
+    """Nothing of several nodes reaches an engine that has one."""
+    found = functions(
+        script(),
+        "node=10.0.0.1",
+        "launch=(bash -c 'echo ${VLLM_HOST_IP-none} \"$@\"' engine)",
+        "start_rank --host 10.0.0.1",
+        'wait "$engine"',
+    )
+    assert found == "none serve /models/tiny --shutdown-timeout=60 --host 10.0.0.1\n"
+
+
+def functions(text: str, *commands: str) -> str:
+    """Run commands after a script's first half and its functions; return what they print."""
+    head = text.partition("\ntrap clean_up EXIT\n")[0]
+    done = subprocess.run(
+        ["bash", "-s"],
+        input="\n".join([head, *commands]),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+    return done.stdout
 
 
 def test_job_has_one_name_and_is_never_requeued() -> None:

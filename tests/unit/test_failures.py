@@ -157,6 +157,14 @@ def test_release_is_bad_when_two_nodes_say_the_same(why: Cause) -> None:
     assert bad == f"{why} on node1 and node2"
 
 
+def test_release_of_several_nodes_is_bad_when_no_node_had_a_part_in_all() -> None:
+    """As long as one node was there each time, it may be that node's fault."""
+    alike = [_failure(Cause.WEIGHTS, nodes) for nodes in ("node[1-2]", "node[2-3]")]
+    assert halted(_failures(*alike)) is None
+    bad = halted(_failures(*alike, _failure(Cause.WEIGHTS, "node[1,3]")))
+    assert bad == "its weights are missing on node[1,3] and node[1-2] and node[2-3]"
+
+
 def test_release_is_bad_when_it_never_was_ready() -> None:
     """Enough failures in a row halt a revision, unless it has served before."""
     many = [_failure(Cause.ENGINE)] * HALT_AFTER
@@ -190,6 +198,14 @@ def test_node_where_alone_jobs_fail_is_avoided_for_a_while() -> None:
     excluded = [action.exclude for action in decided.actions if isinstance(action, Submit)]
     assert excluded == [("node1",), ("node1",)]
     assert NoteKind.QUARANTINE in {note.kind for note in decided.notes}
+
+
+def test_node_that_had_a_part_in_each_failure_is_avoided() -> None:
+    """Of several nodes the one that all failed jobs had is to blame, or all that they shared."""
+    shared = _failures(_failure(Cause.NODE, "node[1-2]"), _failure(Cause.NODE, "node[2-3]"))
+    assert list(quarantined(Memory(failures={NAME: shared}), AT + 1)) == ["node2"]
+    same = _failures(_failure(Cause.NODE, "node[1-2]"), _failure(Cause.NODE, "node[1-2]"))
+    assert list(quarantined(Memory(failures={NAME: same}), AT + 1)) == ["node1", "node2"]
 
 
 def test_node_is_not_blamed_for_what_happens_elsewhere_too() -> None:

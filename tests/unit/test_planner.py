@@ -165,6 +165,39 @@ def test_budget_counts_a_job_that_could_not_be_launched() -> None:
     assert told.phase is Phase.ENDING
 
 
+@pytest.mark.parametrize(
+    ("nodes", "words", "gpus"),
+    [
+        *(("node[1-2]", {"node2": "down*"}, 8), ("node[1-2]", {"node1": "idle"}, 8)),
+        *(("node[1-2]", {"node1": "down", "node2": "idle*"}, 0), ("node2", {"node2": "down"}, 0)),
+    ],
+)
+def test_budget_counts_a_job_of_several_nodes_until_all_it_holds_are_dead(
+    nodes: str, words: dict[str, str], gpus: int
+) -> None:
+    """While it ends, Slurm lists the nodes that are not free yet: one that lives still works."""
+    seen = observation(job(REV, state="COMPLETING", node=nodes, gpus=8), nodes=words)
+    assert plan(FLEET, seen, NOTHING).gpus_held == gpus
+
+
+def test_submission_of_several_nodes_needs_the_gpus_of_all() -> None:
+    """Two nodes of three GPUs are six, in the action and for the budget."""
+    record = model_record(resources={"nodes": 2, "gpus": 3, "memory": "1G"}, replicas=1)
+    [submit] = submits(plan(fleet(record), observation(), NOTHING))
+    assert submit.gpus == 6
+    held = observation(job(OLD, id=9, model="gone", gpus=3))
+    [note] = notes(plan(fleet(record), held, NOTHING), NoteKind.BUDGET)
+    assert note.text == "needs 6 GPUs; 3 of the budget's 8 are held"
+
+
+def test_replica_of_several_nodes_is_routed_at_its_first_ones_address() -> None:
+    """Its job publishes the node that its script runs on, which is one of those Slurm lists."""
+    wide = job(REV, node="node[1-2]", run_node="node1")
+    assert routed_ids(plan(ONE, observation(wide, gateways=[view(ONE)]), NOTHING)) == [1]
+    moved = job(REV, node="node[2-3]", run_node="node1")
+    assert moved.run is None
+
+
 def test_budget_counts_an_unreadable_job_as_its_model_says() -> None:
     """Unknown is never absent: a vandalised comment frees no GPU."""
     wanted = fleet(model_record(resources={"gpus": 3, "memory": "1G"}, replicas=1))

@@ -73,6 +73,13 @@ def test_replica_on_a_draining_node_is_due_now() -> None:
     assert keys(job(REV, node="node7", ends_at=None)) == {1}
 
 
+def test_replica_of_several_nodes_is_due_when_one_of_them_is_draining() -> None:
+    """It can't stay without that node."""
+    wide = replace(ending(10_000), nodes="node[6-8]")
+    assert keys(wide) == {1}
+    assert keys(replace(wide, nodes="node[1,8]")) == set()
+
+
 def test_expiring_replica_gets_one_successor_that_names_it() -> None:
     """The next cycle, and one that has lost its memory, sees the successor and submits no more."""
     old = ending(AHEAD_S)

@@ -12,8 +12,15 @@ import pytest
 from click.testing import CliRunner
 
 from reconciler.cli import main
-from reconciler.spec import Fleet, Model, json_schema, load_fleet, parse_duration
-from tests.unit.build import fleet, model_record
+from reconciler.spec import (
+    Fleet,
+    Model,
+    impossibilities,
+    json_schema,
+    load_fleet,
+    parse_duration,
+)
+from tests.unit.build import fleet, model_record, revision
 
 SPECS = Path(__file__).parents[2] / "specs"
 
@@ -201,6 +208,21 @@ BROKEN: dict[str, tuple[str, str, str]] = {
     "rollout-that-can-not-move": (
         *("budget:", "defaults: {rollout: {max_surge: 0}}\nbudget:"),
         "4:12: max_surge and max_unavailable can't both be 0: no rollout could ever take a step",
+    ),
+    "nodes-without-ranks": (
+        *("gpus: 1,", "gpus: 1, nodes: 2,"),
+        "13:26: tensor-parallel-size times pipeline-parallel-size, in args, is 1: "
+        "it must be a multiple of the 2 nodes",
+    ),
+    "nodes-beyond-the-budget": (
+        GOOD[GOOD.index("    resources") :],
+        "    resources: {nodes: 3, gpus: 2, memory: 4G}\n    replicas: 0\n"
+        "    args: {pipeline-parallel-size: 3}\n",
+        "13:27: one replica needs 6 GPUs, the budget is 4",
+    ),
+    "argument-of-a-rank": (
+        *("replicas: 2", "replicas: 2\n    args: {node_rank: 1}"),
+        '15:12: "node_rank" is set by fleet for each replica; remove it',
     ),
     "argument-of-ours": (
         *("replicas: 2", "replicas: 2\n    args: {served_model_name: x}"),
@@ -570,6 +592,41 @@ def test_R23_gpu_count_need_not_be_a_power_of_two() -> None:
     """Three GPUs, or seven, are counts like any other."""
     record = model_record(resources={"gpus": 3, "memory": "4G"}, replicas=2)
     assert fleet(record, budget={"gpus": 7}).models[0].resources.gpus == 3
+
+
+def test_gpus_of_several_nodes_are_counted_on_each() -> None:
+    """`gpus` is per node; the budget counts those of all nodes, and one node is the default."""
+    record = model_record(resources={"nodes": 3, "gpus": 2, "memory": "4G"}, replicas=1)
+    assert fleet(record).models[0].resources.gpus_total == 6
+    assert fleet().models[0].resources.gpus_total == 1
+
+
+def test_one_node_is_no_new_revision() -> None:
+    """A spec that says what was always so restarts nothing; more nodes do."""
+    plain, one, two = (
+        model_record(resources={"gpus": 1, "cpus": 2, "memory": "4G", **more})
+        for more in ({}, {"nodes": 1}, {"nodes": 2})
+    )
+    assert revision(fleet(plain)) == revision(fleet(one)) != revision(fleet(two))
+
+
+@pytest.mark.parametrize(
+    ("args", "mistakes"),
+    [
+        ({}, 1),
+        ({"tensor-parallel-size": 3}, 1),
+        ({"tensor-parallel-size": 4}, 0),
+        ({"tensor_parallel_size": 2}, 0),
+        ({"tensor-parallel-size": 3, "pipeline-parallel-size": 2}, 0),
+        ({"tensor-parallel-size": 3, "data-parallel-size": 2}, 0),
+        ({"tensor-parallel-size": "8"}, 0),
+    ],
+)
+def test_ranks_must_fill_the_nodes_evenly(args: dict[str, Any], mistakes: int) -> None:
+    """vLLM refuses any other number, minutes later; what is no plain number is left to it."""
+    record = model_record(resources={"nodes": 2, "memory": "4G"}, replicas=1, args=args)
+    found = [place for place, _ in impossibilities(fleet(record))]
+    assert found == [("models", 0, "resources", "nodes")] * mistakes
 
 
 def test_schema_names_every_key_and_forbids_others() -> None:

@@ -7,6 +7,7 @@ from reconciler.adapters.ports import ImagePin
 from reconciler.batch import read_recipe
 from reconciler.errors import PlanDiffers, SlurmUnavailable, StateFailed
 from reconciler.execute import Say, execute
+from reconciler.failures import learn_refusals
 from reconciler.memory import learn, remember
 from reconciler.observe import World, observe
 from reconciler.plan import Cancel, Drain, Plan, Status, differences
@@ -90,12 +91,21 @@ def cycle(
         raise PlanDiffers(f"the plan is not the reviewed one, nothing was done: {differ}")
     ours = [*recipes(fleet, pins, commit), *_recovered(decided, memory, world)]
     memory = remember(memory, decided, ours)
-    errors = []
+    errors = _saved(memory, world)
+    known = [*memory.kept.values(), *ours]
+    done = execute(decided, fleet, world, known, say=say, told_to_end=told_to_end)
+    if done.refused:
+        errors = _saved(learn_refusals(memory, done.refused, at), world)
+    return Outcome(plan=decided, errors=(*errors, *done.errors))
+
+
+def _saved(memory: Memory, world: World) -> tuple[str, ...]:
+    """Save the memory; return the line that says why it could not be.
+
+    Lost memory costs caution only; not healing the fleet would cost requests.
+    """
     try:
         world.store.save(memory)
     except StateFailed as error:
-        # Lost memory costs caution only; not healing the fleet would cost requests.
-        errors.append(f"memory: {error}")
-    known = [*memory.kept.values(), *ours]
-    errors += execute(decided, fleet, world, known, say=say, told_to_end=told_to_end)
-    return Outcome(plan=decided, errors=tuple(errors))
+        return (f"memory: {error}",)
+    return ()

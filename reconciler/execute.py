@@ -15,7 +15,14 @@ from typing import TypeVar
 
 from reconciler.adapters.ports import Result, Slurm, Store
 from reconciler.batch import batch_script
-from reconciler.errors import FleetError, SlurmUnavailable, StateFailed, SubmitUnknown
+from reconciler.errors import (
+    FleetError,
+    SlurmUnavailable,
+    StateFailed,
+    SubmitRejected,
+    SubmitUnknown,
+)
+from reconciler.naming import ReplicaName
 from reconciler.observe import World
 from reconciler.plan import Action, Cancel, Drain, JobRef, Plan, Route, Submit, title
 from reconciler.routes import render_gateway
@@ -30,6 +37,14 @@ T = TypeVar("T")
 DEADLINE_S = 120.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Executed:
+    """How a plan went: one line for each thing that failed, and what Slurm refused."""
+
+    errors: tuple[str, ...] = ()
+    refused: tuple[ReplicaName, ...] = ()
+
+
 def execute(
     plan: Plan,
     fleet: Fleet,
@@ -39,8 +54,8 @@ def execute(
     say: Say,
     clock: Callable[[], float] = time.monotonic,
     told_to_end: Callable[[], bool] = lambda: False,
-) -> list[str]:
-    """Perform the plan; return one line for each action that failed. Never raises FleetError.
+) -> Executed:
+    """Perform the plan. Never raises FleetError.
 
     A journal that can't be written is one line more, and stops nothing. What has not begun by the
     deadline, or when `told_to_end` says so, is left for the next cycle, which looks again first.
@@ -52,6 +67,7 @@ def execute(
     total, begun = len(plan.actions), 0
     left_because: str | None = None
     errors: dict[int, str] = {}
+    refused: list[ReplicaName] = []
 
     def begin(phase: Iterable[tuple[int, Action]]) -> Iterator[tuple[_Begun, Callable[[], str]]]:
         nonlocal begun, left_because
@@ -73,11 +89,13 @@ def execute(
                 say(line)
             if error is not None:
                 errors[it.at] = f"{title(it.action)}: {error}"
+            if isinstance(error, SubmitRejected) and isinstance(it.action, Submit):
+                refused.append(it.action.name)
     lines = [errors[at] for at in sorted(errors)]
     if begun < total:
         left = total - begun
         lines.append(f"{left} of {total} actions left for the next cycle: {left_because}")
-    return lines + journal.errors
+    return Executed(errors=(*lines, *journal.errors), refused=tuple(refused))
 
 
 @dataclass(frozen=True, slots=True)

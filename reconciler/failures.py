@@ -1,9 +1,10 @@
 """Why jobs of a revision ended, how long to hold it back, and which nodes to avoid. Pure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from reconciler.hostlist import expand
+from reconciler.naming import ReplicaName
 from reconciler.state import Cause, Failure, Failures, Job, JobKey, Memory, Observation, Phase
 
 # The first failure costs seconds (it may be chance), the tenth ten minutes.
@@ -46,6 +47,8 @@ def cause(job: Job) -> Cause | None:
         return None
     if job.comment is not None and job.comment.run is not None and job.comment.run.draining:
         return None
+    if job.state == "FAILED" and not job.nodes:
+        return None  # refused at once: that was counted when sbatch said so
     if job.state in _STATES:
         return _STATES[job.state]
     return _STATUSES.get(job.exit_status or 0, Cause.ENGINE)
@@ -71,7 +74,9 @@ def learn_failures(
             continue
         before = seen or _NONE
         before = replace(before, counted=(before.counted & listed) | {job.key})
-        failures[revision] = before if why is None else _one_more(before, job, why, observation.at)
+        if why is not None:
+            before = _with(before, Failure(node=job.nodes, cause=why, at=observation.at))
+        failures[revision] = before
     for job in (job for job in jobs if job.key in ready):
         seen = failures.get(_revision(job))
         if seen is not None:
@@ -79,6 +84,15 @@ def learn_failures(
             count = 0 if mended else seen.count
             failures[_revision(job)] = replace(seen, count=count, was_ready=True)
     return failures
+
+
+def learn_refusals(memory: Memory, names: Iterable[ReplicaName], at: float) -> Memory:
+    """Count once for each revision that Slurm refused its submissions in a cycle."""
+    failures = dict(memory.failures)
+    for revision in sorted({f"{name.model}.{name.revision}" for name in names}):
+        failure = Failure(node="", cause=Cause.REFUSED, at=at)
+        failures[revision] = _with(failures.get(revision) or _NONE, failure)
+    return replace(memory, failures=failures)
 
 
 def _revision(job: Job) -> str:
@@ -91,13 +105,12 @@ def _ready_since(job: Job) -> int:
     return job.submitted_at if published is None else published
 
 
-def _one_more(before: Failures, job: Job, why: Cause, at: float) -> Failures:
-    failure = Failure(node=job.nodes, cause=why, at=at)
-    counts = why not in _NOT_THE_REVISIONS
+def _with(before: Failures, failure: Failure) -> Failures:
+    counts = failure.cause not in _NOT_THE_REVISIONS
     return replace(
         before,
         count=before.count + counts,
-        last_at=at if counts else before.last_at,
+        last_at=failure.at if counts else before.last_at,
         recent=(*before.recent, failure)[-_REMEMBERED:],
     )
 
@@ -120,7 +133,9 @@ def halted(failures: Failures) -> str | None:
         alike = [failure for failure in in_a_row if failure.cause is why]
         if alike and not _common_nodes(alike):
             return f"{why} on {' and '.join(sorted({failure.node for failure in alike}))}"
-    if failures.count >= HALT_AFTER and not failures.was_ready:
+    # A limit of Slurm's passes; it says nothing against the release.
+    refused = sum(1 for failure in in_a_row if failure.cause is Cause.REFUSED)
+    if failures.count - refused >= HALT_AFTER and not failures.was_ready:
         last = f", the last: {in_a_row[-1].cause}" if in_a_row else ""
         return f"{failures.count} failures and never ready{last}"
     return None
@@ -140,8 +155,7 @@ def quarantined(memory: Memory, at: float) -> Mapping[str, float]:
         recent = [
             failure
             for failure in failures.recent
-            # What Slurm refused at once is listed as FAILED, and was on no node.
-            if failure.node and failure.cause in _NODES_OWN and at - failure.at < QUARANTINE_S
+            if failure.cause in _NODES_OWN and at - failure.at < QUARANTINE_S
         ]
         for node in _common_nodes(recent):
             counts[node] = counts.get(node, 0) + len(recent)

@@ -69,6 +69,7 @@ class Cause(StrEnum):
     MEMORY = "out of memory"
     NODE = "the node failed"
     PREEMPTED = "preempted"
+    REFUSED = "Slurm refuses its job"
     STARTUP = "never ready in its startup timeout"
     UNHEALTHY = "it stopped answering"
     WALLTIME = "its walltime ended"

@@ -129,9 +129,10 @@ def _within_budget(
                 held += submit.gpus
                 fit.append(submit)
             else:
-                text = (
-                    f"needs {submit.gpus} GPUs; {held} of the budget's {fleet.budget.gpus} are held"
-                )
+                needs = "1 GPU" if submit.gpus == 1 else f"{submit.gpus} GPUs"
+                text = f"needs {needs}; {held} of the budget's {fleet.budget.gpus} are held"
+                if submit.reason is Reason.STALE and not fleet.defaults.rollout.max_unavailable:
+                    text += "; with rollout.max_unavailable an old replica would go first"
                 note = Note(kind=NoteKind.BUDGET, subject=str(submit.name), text=text)
                 notes.append(note)
     return fit, notes

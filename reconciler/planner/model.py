@@ -332,7 +332,7 @@ def _submits(
             gpus=model.resources.gpus_total,
             reason=Reason.EXPIRING if at < len(predecessors) else reason,
             walltime_s=_walltime_s(model, ordinal, seen),
-            exclude=tuple(seen.quarantined),
+            exclude=_excluded(model, revision, seen),
             succeeds=predecessors[at].key if at < len(predecessors) else None,
         )
         for at, ordinal in enumerate(free[:count])
@@ -360,6 +360,16 @@ def _without_successor(expiring: Sequence[Job], jobs: Sequence[Job]) -> list[Job
     succeeded = {job.comment.succeeds for job in jobs if job.comment is not None}
     open_ = [job for job in expiring if job.key not in succeeded]
     return sorted(open_, key=lambda job: (job.ends_at or float("inf"), job.key))
+
+
+def _excluded(model: Model, revision: str, seen: Seen) -> tuple[str, ...]:
+    """Return the nodes to avoid. sbatch refuses names that it does not know, and no node at all."""
+    failures = seen.memory.failures.get(f"{model.name}.{revision}")
+    if failures is not None and failures.recent and failures.recent[-1].cause is Cause.REFUSED:
+        return ()
+    known = seen.observation.nodes
+    avoided = [node for node in seen.quarantined if known is None or node in known]
+    return () if known is not None and len(avoided) == len(known) else tuple(avoided)
 
 
 def _walltime_s(model: Model, ordinal: int, seen: Seen) -> int:

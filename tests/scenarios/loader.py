@@ -5,7 +5,7 @@
     {"about": "the rule that the plan shows, in one sentence",
      "jobs": [JOB, ...],            null: the queue can't be read ("jobs_error" says why)
      "odd_lines": 1,                of squeue that could not be read
-     "nodes": {"node1": "draining"},
+     "nodes": {"node1": "draining"},   node1 to node9 are idle otherwise
      "maintenances": ["+6h"],       when they begin; only asked if a job waits for one
      "gateways": [GATEWAY, ...],    by default each host of the spec, with the default routes
      "image_errors": {"engine": "why its digest is not known"},
@@ -144,7 +144,7 @@ def load(folder: Path) -> Scenario:
             jobs=None if listed is None else jobs,
             jobs_error=record.get("jobs_error"),
             odd_lines=record.get("odd_lines", 0),
-            nodes=record.get("nodes", {}),
+            nodes={f"node{at}": "idle" for at in range(1, 10)} | record.get("nodes", {}),
             maintenances=_begins(record.get("maintenances")),
             probes=probes,
             gateways=_gateways(fleet, jobs, record.get("gateways")),

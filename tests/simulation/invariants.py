@@ -29,7 +29,6 @@ KNOWN_GAPS = {
     "quarantine": "a waiting job avoids for ever the nodes that were quarantined at its submission",
     "stale memory": "a process killed while the disk is full leaves an old memory to the next one",
     "unreadable": "a job whose comment can't be read counts as many GPUs as the spec says now",
-    "endless": "a release that is refused, or starts and never serves, is tried again at once",
     "shape": "the last old replica may hold the GPUs that smaller new ones need, and serves on",
     "intents": "jobs that no saved memory knows can vanish from a listing unnoticed",
 }

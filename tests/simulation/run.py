@@ -301,9 +301,7 @@ class Simulation:
             if at > BAD_RELEASE_CYCLES / 3 and plan is not None and _is_new(plan, others[:1]):
                 break
         else:
-            endless = wanted.behaviour in ("hang", "sick", "rejected")
-            if not (endless and self.invariants.excused("endless")):
-                raise Violation(9, f"{bad} can't be released, and neither is {others}")
+            raise Violation(9, f"{bad} can't be released, and neither is {others}")
         wanted.version, wanted.behaviour = good
         self.spec.commit()
         self._settle()

@@ -145,7 +145,8 @@ def made(*actions: Action) -> Plan:
 
 
 def perform(decided: Plan, fake: FakeWorld, say: Callable[[str], None] | None = None) -> list[str]:
-    return execute(decided, FLEET, fake.world(), RECIPES, say=say or (lambda _: None))
+    done = execute(decided, FLEET, fake.world(), RECIPES, say=say or (lambda _: None))
+    return list(done.errors)
 
 
 def ref(of: Job) -> JobRef:
@@ -218,7 +219,7 @@ def test_actions_past_the_deadline_are_left_for_the_next_cycle() -> None:
     submits = plan(FLEET, observation(), Memory()).actions
     fake = FakeWorld()
     times = iter([0.0, 1.0, DEADLINE_S - 1, DEADLINE_S])
-    errors = execute(
+    done = execute(
         made(*submits),
         FLEET,
         fake.world(),
@@ -226,7 +227,7 @@ def test_actions_past_the_deadline_are_left_for_the_next_cycle() -> None:
         say=lambda _: None,
         clock=lambda: next(times),
     )
-    assert errors == ["1 of 3 actions left for the next cycle: this one took too long"]
+    assert list(done.errors) == ["1 of 3 actions left for the next cycle: this one took too long"]
     assert len(fake.done) == 2
 
 
@@ -305,7 +306,7 @@ def test_R05_told_to_end_finishes_what_has_begun_and_begins_no_more() -> None:
     """What has begun gets its outcome; what has not is one line, and no later phase begins."""
     submits = plan(FLEET, observation(), Memory()).actions
     fake = Together(live=(ONE,), at_once=2)
-    errors = execute(
+    done = execute(
         made(*submits, to(ONE), drain(ONE)),
         FLEET,
         fake.world(),
@@ -313,7 +314,7 @@ def test_R05_told_to_end_finishes_what_has_begun_and_begins_no_more() -> None:
         say=lambda _: None,
         told_to_end=lambda: bool(fake.journal.rows[1:]),  # while the second begins
     )
-    assert errors == ["3 of 5 actions left for the next cycle: told to end"]
+    assert list(done.errors) == ["3 of 5 actions left for the next cycle: told to end"]
     assert len(fake.done) == 3
     outcomes = [row for row in fake.journal.rows if "intended" not in row]
     assert [" ".join(row.split()[1:2]) for row in outcomes] == ["done,", "done,"]

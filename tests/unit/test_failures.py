@@ -1,5 +1,6 @@
 """Why jobs end, how long their revision is held back, and which nodes are avoided."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -13,13 +14,15 @@ from reconciler.failures import (
     backoff_until,
     cause,
     halted,
+    learn_refusals,
     quarantined,
 )
 from reconciler.memory import learn
+from reconciler.naming import ReplicaName
 from reconciler.plan import NoteKind, Submit
 from reconciler.planner import plan
 from reconciler.state import PHASES, Cause, DrainClock, Failure, Failures, Job, Memory, Phase
-from tests.unit.build import AT, fleet, job, observation, revision, view
+from tests.unit.build import AT, fleet, job, observation, revision, submits, view
 
 FLEET = fleet()
 REV = revision(FLEET)
@@ -219,7 +222,52 @@ def test_node_is_not_blamed_for_what_happens_elsewhere_too() -> None:
 
 
 def test_jobs_that_slurm_refused_quarantine_no_node() -> None:
-    """They are listed as FAILED on no node, and hold their revision back like other failures."""
+    """They are listed as FAILED on no node, and were counted when sbatch said so."""
     memory = after(failed(1, 0, node=""), failed(2, 0, node=""))
-    assert count(memory) == 2
-    assert quarantined(memory, AT + 1) == {}
+    assert count(memory) == 0
+    assert quarantined(refused(3), AT + 1) == {}
+
+
+def refused(times: int, names: Sequence[ReplicaName] = (job(REV).name,)) -> Memory:
+    """A memory of so many cycles in which Slurm refused these submissions."""
+    memory = Memory()
+    for at in range(times):
+        memory = learn_refusals(memory, names, AT + at)
+    return memory
+
+
+def test_refused_submissions_back_off_once_a_cycle() -> None:
+    """Eight replicas refused at once are one failure of their revision, not eight."""
+    names = [job(REV, ordinal=ordinal).name for ordinal in range(8)]
+    failures = refused(1, names).failures[NAME]
+    assert failures.count == 1
+    assert [failure.cause for failure in failures.recent] == [Cause.REFUSED]
+    assert backoff_until(failures) == AT + BACKOFF_FIRST_S
+
+
+def test_refused_submissions_halt_no_release() -> None:
+    """A limit of the account passes; nobody should have to edit the spec for it."""
+    failures = refused(3 * HALT_AFTER).failures[NAME]
+    assert halted(failures) is None
+    assert backoff_until(failures) == failures.last_at + BACKOFF_MOST_S
+
+
+def test_refused_submission_is_tried_again_without_excluded_nodes() -> None:
+    """They may be all that its partition has; and it is refused for a node that is gone."""
+    lost = Failure(node="node1", cause=Cause.ENGINE, at=AT - 700)
+    failures = Failures(count=2, last_at=AT - 700, counted=frozenset(), recent=(lost, lost))
+    nodes = {"node1": "idle", "node2": "idle"}
+    [submit, _] = submits(plan(FLEET, observation(nodes=nodes), Memory(failures={NAME: failures})))
+    assert submit.exclude == ("node1",)
+    again = learn_refusals(Memory(failures={NAME: failures}), [submit.name], AT - 100)
+    [submit, _] = submits(plan(FLEET, observation(nodes=nodes), again))
+    assert submit.exclude == ()
+
+
+@pytest.mark.parametrize("nodes", [{"node1": "idle"}, {"node2": "idle"}])
+def test_node_that_sbatch_would_refuse_to_exclude_is_not_excluded(nodes: dict[str, str]) -> None:
+    """All nodes there are, or one that is there no more."""
+    lost = Failure(node="node1", cause=Cause.ENGINE, at=AT - 700)
+    failures = Failures(count=2, last_at=AT - 700, counted=frozenset(), recent=(lost, lost))
+    decided = plan(FLEET, observation(nodes=nodes), Memory(failures={NAME: failures}))
+    assert {submit.exclude for submit in submits(decided)} == {()}

@@ -5,11 +5,12 @@ served name `<model>@<job id>` that only that job's engine was started with.
 """
 
 import asyncio
-import io
 import json
 import re
+import ssl
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from http.client import HTTPException, HTTPResponse
+
+import httpx
 
 from reconciler.naming import Run
 from reconciler.state import Health, Job, JobKey, Probe
@@ -43,121 +44,102 @@ class HttpEngines:
         self, jobs: Sequence[tuple[Job, Run]], proven: Collection[JobKey]
     ) -> Mapping[JobKey, Probe]:
         slots = asyncio.Semaphore(_AT_ONCE)
+        # It trusts nobody, and none is asked: to load what a host trusts takes as long as ten probes.
+        certificates = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
         async def probe(job: Job, run: Run) -> Probe:
-            # The clock of a probe starts with its turn, so that it never counts others' time.
-            async with slots:
-                return await _probe(job, run.address, job.key in proven)
+            # The clock of a probe starts with its turn, so that it never counts others' time. It
+            # has a client of its own, as one pool's search for a connection grows with its size.
+            async with (
+                slots,
+                httpx.AsyncClient(
+                    base_url=f"http://{run.address}",
+                    timeout=_TIMEOUT_S,
+                    verify=certificates,
+                    trust_env=False,
+                ) as client,
+            ):
+                return await _probe(client, job, job.key in proven)
 
         probes = await asyncio.gather(*(probe(job, run) for job, run in jobs))
         return {job.key: probe for (job, _), probe in zip(jobs, probes, strict=True)}
 
 
-async def _probe(job: Job, address: str, proven: bool) -> Probe:
+async def _probe(client: httpx.AsyncClient, job: Job, proven: bool) -> Probe:
     try:
         async with asyncio.timeout(_TIMEOUT_S):
-            wrong = await _introduce(address, f"{job.name.model}@{job.id}")
+            wrong = await _introduce(client, f"{job.name.model}@{job.id}")
         if wrong is not None:
             return wrong
         if not proven:
             async with asyncio.timeout(_COMPLETION_TIMEOUT_S):
-                wrong = await _complete(address, job.name.model)
-        return wrong or await _load(address)
-    except TimeoutError:
+                wrong = await _complete(client, job.name.model)
+        return wrong or await _load(client)
+    except (TimeoutError, httpx.TimeoutException):
         return Probe(health=Health.SILENT, detail="no answer in time")
-    except ConnectionRefusedError:
-        return Probe(health=Health.STARTING, detail="nothing listens at its address")
-    # Before OSError: that nothing was answered is told by an error that is both.
-    except (HTTPException, ValueError, KeyError, TypeError, RecursionError) as error:
-        detail = f"not an answer of an engine: {type(error).__name__}"
-        return Probe(health=Health.SICK, detail=detail)
-    except OSError:
+    except httpx.NetworkError as error:
+        if _refused(error):
+            return Probe(health=Health.STARTING, detail="nothing listens at its address")
         # Unreachable or reset: that says something of the way there, not of the engine.
         return Probe(health=Health.SILENT, detail="it can't be reached")
+    except (httpx.HTTPError, ValueError, KeyError, TypeError, RecursionError) as error:
+        detail = f"not an answer of an engine: {type(error).__name__}"
+        return Probe(health=Health.SICK, detail=detail)
 
 
-async def _introduce(address: str, identity: str) -> Probe | None:
+def _refused(error: BaseException | None) -> bool:
+    """Tell whether a refused connection lies at the bottom of an error: the process is gone."""
+    while error is not None:
+        if isinstance(error, ConnectionRefusedError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+async def _introduce(client: httpx.AsyncClient, identity: str) -> Probe | None:
     """Return what is wrong with who answers and how it feels, or None."""
-    models = json.loads(_well(await _ask(address, "/v1/models")))
+    models = json.loads(await _get(client, "/v1/models"))
     names = {str(item["id"]) for item in models["data"]}
     if identity not in names:
         return Probe(health=Health.IMPOSTOR, detail=f"it serves {', '.join(sorted(names))[:80]}")
-    status, _ = await _ask(address, "/health")
-    if status != 200:
-        return Probe(health=Health.SICK, detail=f"/health answers {status}")
+    try:
+        await _get(client, "/health")
+    except httpx.HTTPStatusError as error:
+        return Probe(health=Health.SICK, detail=f"/health answers {error.response.status_code}")
     return None
 
 
-async def _complete(address: str, model: str) -> Probe | None:
+async def _complete(client: httpx.AsyncClient, model: str) -> Probe | None:
     """Return what is wrong with a completion of one token, or None."""
     body = {"model": model, "prompt": "a", "max_tokens": 1}
-    status, text = await _ask(address, "/v1/completions", body)
-    if status != 200 or not json.loads(text)["choices"]:
-        return Probe(health=Health.SICK, detail=f"a one-token completion answers {status}")
+    answer = await client.post("/v1/completions", json=body, timeout=_COMPLETION_TIMEOUT_S)
+    if answer.status_code != 200 or not answer.json()["choices"]:
+        detail = f"a one-token completion answers {answer.status_code}"
+        return Probe(health=Health.SICK, detail=detail)
     return None
 
 
-async def _load(address: str) -> Probe:
+async def _load(client: httpx.AsyncClient) -> Probe:
     """Return a ready replica's probe with what its metrics tell; without them that is unknown."""
     try:
         async with asyncio.timeout(_TIMEOUT_S):
-            metrics = _well(await _ask(address, "/metrics"))
-    except (OSError, HTTPException, ValueError):
+            metrics = await _get(client, "/metrics")
+    except (TimeoutError, httpx.HTTPError, ValueError):
         return Probe(health=Health.READY)
     ongoing, tokens = parse_metrics(metrics)
     return Probe(health=Health.READY, ongoing=ongoing, tokens=tokens)
 
 
-def _well(answer: tuple[int, str]) -> str:
-    """Return the text of an answer that went well. Raises HTTPException for any other."""
-    status, text = answer
-    if status != 200:
-        raise HTTPException(status)
-    return text
-
-
-async def _ask(address: str, path: str, body: object = None) -> tuple[int, str]:
-    """Return the status and text of an answer: GET, or POST with a body of JSON.
-
-    Each question has a connection of its own, which the engine closes behind its answer: a client
-    that keeps connections costs several times the processor time, for a thousand replicas.
-    Raises OSError, HTTPException, or ValueError for an answer without an end.
-    """
-    host, _, port = address.partition(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    try:
-        writer.write(_request(address, path, body))
-        received = bytearray()
-        while part := await reader.read(_ANSWER_MAX):
-            received += part
-            if len(received) > _ANSWER_MAX:
+async def _get(client: httpx.AsyncClient, url: str) -> str:
+    """Return the text of an answer. Raises httpx.HTTPError, or ValueError for an endless one."""
+    text = bytearray()
+    async with client.stream("GET", url) as answer:
+        answer.raise_for_status()
+        async for part in answer.aiter_bytes():
+            text += part
+            if len(text) > _ANSWER_MAX:
                 raise ValueError("longer than any answer of an engine")
-    finally:
-        writer.transport.abort()
-    answer = HTTPResponse(_Received(received))  # type: ignore[arg-type] # it asks for no more
-    answer.begin()
-    return answer.status, answer.read().decode(errors="replace")
-
-
-def _request(address: str, path: str, body: object) -> bytes:
-    text = b"" if body is None else json.dumps(body).encode()
-    head = (
-        f"{'GET' if body is None else 'POST'} {path} HTTP/1.1\r\nHost: {address}\r\n"
-        "Connection: close\r\n"
-    )
-    if body is not None:
-        head += f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n"
-    return f"{head}\r\n".encode() + text
-
-
-class _Received:
-    """What was received, in the shape in which HTTPResponse takes it: as a socket's file."""
-
-    def __init__(self, received: bytes | bytearray) -> None:
-        self._file = io.BytesIO(received)
-
-    def makefile(self, _mode: str) -> io.BytesIO:
-        return self._file
+    return text.decode(errors="replace")
 
 
 def parse_metrics(metrics: str) -> tuple[int | None, float | None]:

@@ -148,10 +148,10 @@ _OK = b"HTTP/1.1 200 OK\r\n"
 @pytest.mark.parametrize(
     ("answer", "detail"),
     [
-        (b"", "not an answer of an engine: RemoteDisconnected"),
-        (b"SSH-2.0-OpenSSH_9.2\r\n", "not an answer of an engine: BadStatusLine"),
-        (b"HTTP/1.1 500 Oh\r\n\r\n", "not an answer of an engine: HTTPException"),
-        (_OK + b"Content-Length: 20\r\n\r\n{}", "not an answer of an engine: IncompleteRead"),
+        (b"", "not an answer of an engine: RemoteProtocolError"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "not an answer of an engine: RemoteProtocolError"),
+        (b"HTTP/1.1 500 Oh\r\n\r\n", "not an answer of an engine: HTTPStatusError"),
+        (_OK + b"Content-Length: 20\r\n\r\n{}", "not an answer of an engine: RemoteProtocolError"),
         (_OK + b"\r\n[1]", "not an answer of an engine: TypeError"),
         (_OK + b"\r\n" + b"[" * 100_000, "not an answer of an engine: RecursionError"),
         (_OK + b"\r\n" + b" " * (5 << 20), "not an answer of an engine: ValueError"),

@@ -9,6 +9,7 @@ import json
 import re
 import ssl
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Self
 
 import httpx
 
@@ -27,10 +28,8 @@ _AT_ONCE = 128
 _ANSWER_MAX = 4 * 1024 * 1024
 
 # Over all engines of one API server (the label `engine`).
-_ONGOING = re.compile(
-    r"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? ([0-9.eE+-]+)$", re.MULTILINE
-)
-_TOKENS = re.compile(r"^vllm:generation_tokens_total(?:\{[^}]*\})? ([0-9.eE+-]+)$", re.MULTILINE)
+_ONGOING = re.compile(r"vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? ([0-9.eE+-]+)")
+_TOKENS = re.compile(r"vllm:generation_tokens_total(?:\{[^}]*\})? ([0-9.eE+-]+)")
 
 
 class HttpEngines:
@@ -44,38 +43,65 @@ class HttpEngines:
         self, jobs: Sequence[tuple[Job, Run]], proven: Collection[JobKey]
     ) -> Mapping[JobKey, Probe]:
         slots = asyncio.Semaphore(_AT_ONCE)
-        # It trusts nobody, and none is asked: to load what a host trusts takes as long as ten probes.
+        # It trusts nobody, and none is asked: to load what a host trusts takes as long as probes do.
         certificates = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
         async def probe(job: Job, run: Run) -> Probe:
-            # The clock of a probe starts with its turn, so that it never counts others' time. It
-            # has a client of its own, as one pool's search for a connection grows with its size.
-            async with (
-                slots,
-                httpx.AsyncClient(
-                    base_url=f"http://{run.address}",
-                    timeout=_TIMEOUT_S,
-                    verify=certificates,
-                    trust_env=False,
-                ) as client,
-            ):
-                return await _probe(client, job, job.key in proven)
+            # The clock of a probe starts with its turn, so that it never counts others' time.
+            async with slots, _Replica(run.address, certificates) as replica:
+                return await _probe(replica, job, job.key in proven)
 
         probes = await asyncio.gather(*(probe(job, run) for job, run in jobs))
         return {job.key: probe for (job, _), probe in zip(jobs, probes, strict=True)}
 
 
-async def _probe(client: httpx.AsyncClient, job: Job, proven: bool) -> Probe:
+class _Replica:
+    """One replica's address, asked over one connection.
+
+    Of httpx only the transport: a client's cookies, redirects and merged addresses take longer than
+    the questions, and one pool's search for a connection grows with its size.
+    """
+
+    def __init__(self, address: str, certificates: ssl.SSLContext) -> None:
+        self._base = f"http://{address}"
+        self._transport = httpx.AsyncHTTPTransport(verify=certificates)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._transport.aclose()
+
+    async def ask(self, path: str, body: object = None) -> tuple[int, str]:
+        """Return status and text of an answer; the caller's clock bounds it.
+
+        Raises httpx.HTTPError, or ValueError for an endless one.
+        """
+        method = "GET" if body is None else "POST"
+        request = httpx.Request(method, f"{self._base}{path}", json=body)
+        answer = await self._transport.handle_async_request(request)
+        received = bytearray()
+        try:
+            async for part in answer.aiter_bytes():
+                received += part
+                if len(received) > _ANSWER_MAX:
+                    raise ValueError("longer than any answer of an engine")
+        finally:
+            await answer.aclose()
+        return answer.status_code, received.decode(errors="replace")
+
+
+async def _probe(replica: _Replica, job: Job, proven: bool) -> Probe:
     try:
         async with asyncio.timeout(_TIMEOUT_S):
-            wrong = await _introduce(client, f"{job.name.model}@{job.id}")
+            wrong = await _introduce(replica, f"{job.name.model}@{job.id}")
         if wrong is not None:
             return wrong
         if not proven:
             async with asyncio.timeout(_COMPLETION_TIMEOUT_S):
-                wrong = await _complete(client, job.name.model)
-        return wrong or await _load(client)
-    except (TimeoutError, httpx.TimeoutException):
+                wrong = await _complete(replica, job.name.model)
+        return wrong or await _load(replica)
+    except TimeoutError:
         return Probe(health=Health.SILENT, detail="no answer in time")
     except httpx.NetworkError as error:
         if _refused(error):
@@ -96,57 +122,54 @@ def _refused(error: BaseException | None) -> bool:
     return False
 
 
-async def _introduce(client: httpx.AsyncClient, identity: str) -> Probe | None:
+async def _introduce(replica: _Replica, identity: str) -> Probe | None:
     """Return what is wrong with who answers and how it feels, or None."""
-    models = json.loads(await _get(client, "/v1/models"))
+    models = json.loads(_well(await replica.ask("/v1/models")))
     names = {str(item["id"]) for item in models["data"]}
     if identity not in names:
         return Probe(health=Health.IMPOSTOR, detail=f"it serves {', '.join(sorted(names))[:80]}")
-    try:
-        await _get(client, "/health")
-    except httpx.HTTPStatusError as error:
-        return Probe(health=Health.SICK, detail=f"/health answers {error.response.status_code}")
+    status, _ = await replica.ask("/health")
+    if status != 200:
+        return Probe(health=Health.SICK, detail=f"/health answers {status}")
     return None
 
 
-async def _complete(client: httpx.AsyncClient, model: str) -> Probe | None:
+async def _complete(replica: _Replica, model: str) -> Probe | None:
     """Return what is wrong with a completion of one token, or None."""
     body = {"model": model, "prompt": "a", "max_tokens": 1}
-    answer = await client.post("/v1/completions", json=body, timeout=_COMPLETION_TIMEOUT_S)
-    if answer.status_code != 200 or not answer.json()["choices"]:
-        detail = f"a one-token completion answers {answer.status_code}"
-        return Probe(health=Health.SICK, detail=detail)
+    status, text = await replica.ask("/v1/completions", body)
+    if status != 200 or not json.loads(text)["choices"]:
+        return Probe(health=Health.SICK, detail=f"a one-token completion answers {status}")
     return None
 
 
-async def _load(client: httpx.AsyncClient) -> Probe:
+async def _load(replica: _Replica) -> Probe:
     """Return a ready replica's probe with what its metrics tell; without them that is unknown."""
     try:
         async with asyncio.timeout(_TIMEOUT_S):
-            metrics = await _get(client, "/metrics")
+            metrics = _well(await replica.ask("/metrics"))
     except (TimeoutError, httpx.HTTPError, ValueError):
         return Probe(health=Health.READY)
     ongoing, tokens = parse_metrics(metrics)
     return Probe(health=Health.READY, ongoing=ongoing, tokens=tokens)
 
 
-async def _get(client: httpx.AsyncClient, url: str) -> str:
-    """Return the text of an answer. Raises httpx.HTTPError, or ValueError for an endless one."""
-    text = bytearray()
-    async with client.stream("GET", url) as answer:
-        answer.raise_for_status()
-        async for part in answer.aiter_bytes():
-            text += part
-            if len(text) > _ANSWER_MAX:
-                raise ValueError("longer than any answer of an engine")
-    return text.decode(errors="replace")
+def _well(answer: tuple[int, str]) -> str:
+    """Return the text of an answer that went well. Raises ValueError for any other."""
+    status, text = answer
+    if status != 200:
+        raise ValueError(f"status {status}")
+    return text
 
 
 def parse_metrics(metrics: str) -> tuple[int | None, float | None]:
     """Return running plus waiting requests, and generated tokens; None for what is not told."""
-    ongoing, tokens = (_sum(names.findall(metrics)) for names in (_ONGOING, _TOKENS))
+    # Few of a scrape's lines are ours, and an expression is slow to pass over the others.
+    lines = [line for line in metrics.split("\n") if line.startswith(("vllm:num_", "vllm:gen"))]
+    ongoing, tokens = (_sum(map(name.fullmatch, lines)) for name in (_ONGOING, _TOKENS))
     return (None if ongoing is None else round(ongoing)), tokens
 
 
-def _sum(values: Sequence[str]) -> float | None:
-    return sum(map(float, values)) if values else None
+def _sum(matches: Iterable[re.Match[str] | None]) -> float | None:
+    values = [float(match[1]) for match in matches if match is not None]
+    return sum(values) if values else None

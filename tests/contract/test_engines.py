@@ -150,7 +150,7 @@ _OK = b"HTTP/1.1 200 OK\r\n"
     [
         (b"", "not an answer of an engine: RemoteProtocolError"),
         (b"SSH-2.0-OpenSSH_9.2\r\n", "not an answer of an engine: RemoteProtocolError"),
-        (b"HTTP/1.1 500 Oh\r\n\r\n", "not an answer of an engine: HTTPStatusError"),
+        (b"HTTP/1.1 500 Oh\r\n\r\n", "not an answer of an engine: ValueError"),
         (_OK + b"Content-Length: 20\r\n\r\n{}", "not an answer of an engine: RemoteProtocolError"),
         (_OK + b"\r\n[1]", "not an answer of an engine: TypeError"),
         (_OK + b"\r\n" + b"[" * 100_000, "not an answer of an engine: RecursionError"),

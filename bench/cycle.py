@@ -35,6 +35,7 @@ began = time.monotonic()
 import reconciler.cli, reconciler.cycle, reconciler.render
 import reconciler.adapters.engine, reconciler.adapters.images, reconciler.adapters.nginx
 import reconciler.adapters.slurm_cli, reconciler.adapters.store
+import anyio._backends._asyncio, httpcore  # which httpx imports at its first question
 status = 0
 if sys.argv[1:]:
     try:

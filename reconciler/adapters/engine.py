@@ -43,7 +43,7 @@ class HttpEngines:
         self, jobs: Sequence[tuple[Job, Run]], proven: Collection[JobKey]
     ) -> Mapping[JobKey, Probe]:
         slots = asyncio.Semaphore(_AT_ONCE)
-        # It trusts nobody, and none is asked: to load what a host trusts takes as long as probes do.
+        # It trusts nobody, and none is asked; to load what a host trusts would take long.
         certificates = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
         async def probe(job: Job, run: Run) -> Probe:

@@ -8,13 +8,10 @@ import json
 import os
 import pwd
 import re
-import select
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -24,6 +21,7 @@ import click
 
 from reconciler import __version__
 from reconciler.errors import FleetError, PlanDiffers, SpecError
+from reconciler.terminal import Ending, Progress, ending, record_of
 
 if TYPE_CHECKING:
     from reconciler.cycle import Outcome
@@ -40,8 +38,6 @@ gc.set_threshold(100_000, 50, 50)
 _EXIT_CHANGES = 2
 _EXIT_DIFFERS = 3
 _EXIT_UNOBSERVED = 4
-# One line at least this often while waiting, so that nobody wonders.
-_HEARTBEAT_S = 10.0
 # Long enough for every drain, short enough that next month's mistake is caught again.
 _ALLOWED_S = 3600.0
 # How often a followed log is looked at.
@@ -195,21 +191,21 @@ def apply(
 
     if allow_destroy:
         _allow(fleet, state_dir, allow_destroy)
-    progress = _Progress(quiet=as_json)
-    with world.store.locked(), _ending() as ending:
+    progress = Progress(quiet=as_json)
+    with world.store.locked(), ending() as end:
         while True:
-            outcome = _cycle(fleet, world, spec, state_dir, progress, ending, reviewed)
+            outcome = _cycle(fleet, world, spec, state_dir, progress, end, reviewed)
             reviewed = None  # what follows from the first step is done as it comes
             progress.show(outcome)
             if not wait or outcome.plan.converged or progress.elapsed_s >= timeout_s:
                 break
-            ending.pause(_pause_s(outcome, interval))
-            if ending.told():
+            end.pause(_pause_s(outcome, interval))
+            if end.told():
                 break
     if as_json or not wait:
         _show(outcome.plan, plan_text, as_json)
     if wait and not outcome.plan.converged:
-        when = "when told to end" if ending.told() else f"after {timeout}"
+        when = "when told to end" if end.told() else f"after {timeout}"
         raise FleetError(f"not as the spec says {when}: {progress.waiting(outcome)}")
     if outcome.errors:
         sys.exit(1)
@@ -227,10 +223,10 @@ def run(spec: Path, state_dir: Path | None, interval: float) -> None:
     """
     fleet, world = _load(spec, state_dir)
     ours = fleet.fleet
-    progress = _Progress(quiet=False)
+    progress = Progress(quiet=False)
     store = world.store
-    with store.locked(), _ending() as ending:
-        while not ending.told():
+    with store.locked(), ending() as end:
+        while not end.told():
             pause_s = interval
             try:
                 fleet, world = _load(spec, state_dir)
@@ -238,13 +234,13 @@ def run(spec: Path, state_dir: Path | None, interval: float) -> None:
                     # Its jobs would be nobody's, and the lock is for the old name.
                     raise FleetError(f"the spec now names the fleet {fleet.fleet}, not {ours}")
                 world = replace(world, store=store)  # it holds the lock and the open file
-                outcome = _cycle(fleet, world, spec, state_dir, progress, ending)
+                outcome = _cycle(fleet, world, spec, state_dir, progress, end)
                 progress.show(outcome)
                 pause_s = _pause_s(outcome, interval)
             except FleetError as error:
                 # A checkout in progress or a full disk passes; the gateway serves meanwhile.
                 progress.say(f"nothing done in this cycle: {error}")
-            ending.pause(pause_s)
+            end.pause(pause_s)
 
 
 @main.command()
@@ -344,7 +340,7 @@ def explain(spec: Path, name: str, as_json: bool, state_dir: Path | None) -> Non
     except StateFailed as error:
         _warn(str(error))
         events = []  # the plan alone explains most
-    record = explanation(_record(decided), events, name)
+    record = explanation(record_of(decided), events, name)
     if record is None:
         models = ", ".join(model.name for model in fleet.models)
         raise FleetError(f'no model or replica "{name}" is known; the models are {models}')
@@ -379,13 +375,13 @@ def logs(spec: Path, name: str, as_json: bool, lines: int, follow: bool) -> None
         click.echo(json.dumps({**record, "lines": text.splitlines()}, indent=2))
         return
     click.echo(f"{log.path}:", err=True)
-    with _ending() as ending:
+    with ending() as end:
         click.echo(log_text(text), nl=False)
-        while follow and not ending.told():
+        while follow and not end.told():
             text, position = read_on(log, position)
             click.echo(log_text(text), nl=False)
             if not text:
-                ending.pause(_FOLLOW_S)
+                end.pause(_FOLLOW_S)
 
 
 @main.command()
@@ -464,8 +460,8 @@ def _cycle(
     world: "World",
     spec: Path,
     state_dir: Path | None,
-    progress: "_Progress",
-    ending: "_Ending",
+    progress: "Progress",
+    end: "Ending",
     reviewed: "Plan | None" = None,
 ) -> "Outcome":
     from reconciler.cycle import cycle
@@ -480,7 +476,7 @@ def _cycle(
         allow_destroy=orders.allow_destroy(at),
         pauses=orders.pauses,
         reviewed=reviewed,
-        told_to_end=ending.told,
+        told_to_end=end.told,
     )
 
 
@@ -536,93 +532,8 @@ def _warn(text: str) -> None:
     click.echo(f"fleet: {text}", err=True)
 
 
-class _Ending:
-    """Whether this process was told to end, and pauses that end when it is."""
-
-    def __init__(self) -> None:
-        self._told = False
-        # Not an Event: its lock may be held by the very thread that runs the signal's handler.
-        self._reader, self._writer = os.pipe()
-
-    def told(self) -> bool:
-        return self._told
-
-    def pause(self, seconds: float) -> None:
-        select.select([self._reader], [], [], seconds)
-
-    def tell(self, number: int) -> None:
-        self._told = True
-        os.write(self._writer, b".")
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-
-    def close(self) -> None:
-        os.close(self._reader)
-        os.close(self._writer)
-
-
-@contextmanager
-def _ending() -> Iterator[_Ending]:
-    """Listen to TERM and Ctrl-C until the block's end."""
-    ending = _Ending()
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, lambda n, _: ending.tell(n)) for number in numbers]
-    try:
-        yield ending
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-        ending.close()
-
-
-class _Progress:
-    """Prints what changes, with the time since the start, and says what is being waited for."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
-        self._began = self._said = time.monotonic()
-        self._last: dict[str, Any] | None = None
-        self._errors: tuple[str, ...] = ()
-
-    @property
-    def elapsed_s(self) -> float:
-        return time.monotonic() - self._began
-
-    def say(self, text: str) -> None:
-        if not self._quiet:
-            self._said = time.monotonic()
-            click.echo(f"[{self.elapsed_s:6.1f} s] {text}")
-
-    def show(self, outcome: "Outcome") -> None:
-        from reconciler.render import changes
-
-        record = _record(outcome.plan)
-        for line in changes(self._last, record):
-            self.say(line)
-        self._last = record
-        for error in outcome.errors:
-            # The same failure in every cycle is said once, then by the heartbeat.
-            if error not in self._errors:
-                self.say(f"failed: {error}")
-        self._errors = outcome.errors
-        if not outcome.plan.converged and time.monotonic() - self._said >= _HEARTBEAT_S:
-            self.say(f"waiting: {self.waiting(outcome)}")
-
-    def waiting(self, outcome: "Outcome") -> str:
-        from reconciler.render import waiting_text
-
-        failed = [f"failed: {error}" for error in outcome.errors]
-        return "; ".join([waiting_text(_record(outcome.plan)), *failed])
-
-
-def _record(plan: "Plan") -> dict[str, Any]:
-    from reconciler.plan import to_json
-
-    record: dict[str, Any] = json.loads(to_json(plan))
-    return record
-
-
 def _show(plan: "Plan", text: Callable[[dict[str, Any]], str], as_json: bool) -> None:
-    record = _record(plan)
+    record = record_of(plan)
     click.echo(json.dumps(record, indent=2) if as_json else text(record))
 
 

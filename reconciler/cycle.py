@@ -13,7 +13,7 @@ from reconciler.observe import World, observe
 from reconciler.plan import Cancel, Drain, Plan, Status, differences
 from reconciler.planner import plan
 from reconciler.spec import Fleet
-from reconciler.state import Memory, Pause, Recipe
+from reconciler.state import Memory, Observation, Pause, Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,10 +32,17 @@ def look(
     pauses: Sequence[Pause] = (),
 ) -> tuple[Plan, Mapping[str, ImagePin]]:
     """Return the plan for the world as it is now; nothing is changed, nothing is remembered."""
-    memory = world.store.load()
-    observation, pins = observe(fleet, world, at, memory)
-    memory = learn(memory, observation)
+    observation, pins, memory = _looked(fleet, world, at)
     return plan(fleet, observation, memory, allow_destroy, pauses), pins
+
+
+def _looked(
+    fleet: Fleet, world: World, at: float
+) -> tuple[Observation, Mapping[str, ImagePin], Memory]:
+    booted = world.booted_at()  # first: by the clock that `at` was told by, should that jump now
+    memory = world.store.load()
+    observation, pins = observe(fleet, world, at, booted, memory)
+    return observation, pins, learn(memory, observation)
 
 
 def recipes(fleet: Fleet, pins: Mapping[str, ImagePin], commit: str | None) -> Iterator[Recipe]:
@@ -82,9 +89,7 @@ def cycle(
     Raises PlanDiffers, and does nothing, unless the actions are those of the `reviewed` plan.
     Once `told_to_end` is true, what has begun is finished and written down, and no more begins.
     """
-    memory = world.store.load()
-    observation, pins = observe(fleet, world, at, memory)
-    memory = learn(memory, observation)
+    observation, pins, memory = _looked(fleet, world, at)
     decided = plan(fleet, observation, memory, allow_destroy, pauses)
     differ = differences(reviewed, decided) if reviewed is not None else None
     if differ is not None:

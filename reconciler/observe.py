@@ -39,10 +39,12 @@ class World:
 
 
 def observe(
-    fleet: Fleet, world: World, at: float, memory: Memory
+    fleet: Fleet, world: World, at: float, booted: float, memory: Memory
 ) -> tuple[Observation, Mapping[str, ImagePin]]:
-    """Return what is seen now, and the images' pins. Unknown is never taken for absent."""
-    booted = world.booted_at()  # at once: it must be of the same clock as `at`
+    """Return what is seen now, and the images' pins. Unknown is never taken for absent.
+
+    `at` and `booted` (when this host started) are of one clock, read at once.
+    """
     gateways = world.gateways.look()
     pins, image_errors = world.images.pins(fleet)
     jobs: tuple[Job, ...] | None = None

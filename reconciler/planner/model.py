@@ -47,7 +47,7 @@ def decide(model: Model, seen: Seen) -> Part:
     alone = left_alone(model.name, model.suspend, seen)
     if alone is not None:
         return Part(notes=(alone,), view=model_view(model, seen))
-    parts = [_decide(case) for case in _cases(model, seen)]
+    parts = [_decide(case) for case in _cases(model, seen)][::-1]  # the model before its canary
     return Part(
         leaving=tuple(pair for part in parts for pair in part.leaving),
         submits=tuple(submit for part in parts for submit in part.submits),
@@ -111,32 +111,55 @@ class _Case:
 
 
 def _cases(model: Model, seen: Seen) -> Iterator[_Case]:
-    """Yield the model itself, which answers for every stale job too, and then its canary."""
+    """Yield the model itself, which answers for every job that is nobody else's, and its canary."""
     jobs = seen.jobs_of(model.name)
-    taken = frozenset(job.name.ordinal for job in jobs)
-    canaries = {revision for _, revision in seen.variants[model.name][1:]}
-    for at, (variant, wanted) in enumerate(seen.variants[model.name]):
-        revision = wanted or ""
-        fallback = seen.fallback(model, revision) if at == 0 else None
-        if at == 0:
-            own = [job for job in jobs if job.name.revision not in canaries]
-        else:
-            own = [job for job in jobs if job.name.revision == revision]
-        kept_alive = {revision} if fallback is None else {revision, fallback.revision}
-        expiring = [
-            seen.due(variant, [job for job in own if job.name.revision == one])
-            for one in sorted(kept_alive)
-        ]
-        yield _Case(
-            model=variant,
-            revision=revision,
-            jobs=own,
-            expiring=frozenset[JobKey]().union(*expiring),
-            fallback=fallback,
-            taken=taken,
-            canary=at > 0,
-            seen=seen,
-        )
+    (plain, wanted), *canaries = seen.variants[model.name]
+    rest = {job.key for job in jobs}
+    for canary, revision in canaries:
+        own = _canarys(canary, [job for job in jobs if job.name.revision == revision], seen)
+        rest -= {job.key for job in own}
+        yield _case(canary, revision or "", own, None, seen, canary=True)
+    own = [job for job in jobs if job.key in rest]
+    yield _case(plain, wanted or "", own, seen.fallback(model, wanted or ""), seen)
+
+
+def _canarys(canary: Model, jobs: Sequence[Job], seen: Seen) -> list[Job]:
+    """Return which jobs of a canary's revision are the canary, with what is to succeed them.
+
+    What has become the canary by an edit may serve in greater numbers: more than are wanted of it
+    are stale replicas of the model, which leave when others serve in their place.
+    """
+    expiring = seen.due(canary, jobs)
+    best = sorted(jobs, key=lambda job: (-progress(job, seen), job.name))
+    lasting = [job for job in best if job.key not in expiring]
+    leaving = [job for job in best if job.key in expiring]
+    return lasting[: canary.replicas] + leaving[: canary.replicas]
+
+
+def _case(
+    model: Model,
+    revision: str,
+    jobs: Sequence[Job],
+    fallback: Recipe | None,
+    seen: Seen,
+    *,
+    canary: bool = False,
+) -> _Case:
+    kept_alive = {revision} if fallback is None else {revision, fallback.revision}
+    expiring = [
+        seen.due(model, [job for job in jobs if job.name.revision == one])
+        for one in sorted(kept_alive)
+    ]
+    return _Case(
+        model=model,
+        revision=revision,
+        jobs=jobs,
+        expiring=frozenset[JobKey]().union(*expiring),
+        fallback=fallback,
+        taken=frozenset(job.name.ordinal for job in seen.jobs_of(model.name)),
+        canary=canary,
+        seen=seen,
+    )
 
 
 def _decide(case: _Case) -> Part:
@@ -300,7 +323,9 @@ def _missing_fallback(
     ready = case.ready(job for job in lasting if case.is_current(job))
     # What is tried meanwhile serves nobody yet, and takes its place all the same.
     most = case.model.replicas + case.seen.fleet.defaults.rollout.max_surge
-    count = min(case.model.replicas - ready - len(old), most - len(lasting))
+    # Not what has just left so that the release may be tried: they would take turns for ever.
+    least = case.model.replicas - case.max_unavailable
+    count = min(least - ready - len(old), most - len(lasting))
     if count <= 0:
         return (), ()
     model, revision = case.fallback.model, case.fallback.revision

@@ -169,12 +169,20 @@ class Invariants(Watch):
             and (job.listed or job.name in self._submitted)
             and not (job.engine is not None and job.engine.draining)
         }
+        most = model.replicas + self._fleet.defaults.rollout.max_surge
         if canary:
-            most = sum(variant.replicas for variant in model.variants[1:])
-        else:
-            most = model.replicas + self._fleet.defaults.rollout.max_surge
+            # What was ready last may have become the canary: then it stands in for the model too.
+            tried = sum(variant.replicas for variant in model.variants[1:])
+            most = tried if not self._stands_in(new.name) else most + tried
         if len(names) > most:
             self._fail(2, f"{len(names)} replicas of {model_name}, {most} at most are wanted")
+
+    def _stands_in(self, name: str) -> bool:
+        """Whether a revision is the one that is kept alive while its model's release fails."""
+        _, model, revision, _ = name.split(".")
+        memory = self._world.unsaved or self._world.memory
+        kept = memory.kept.get(model)
+        return kept is not None and kept.revision == revision
 
     def _canaries(self, model: Model) -> set[str]:
         """The revision of a model's canary, if it has one, by the images as this cycle saw them."""

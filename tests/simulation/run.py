@@ -37,7 +37,7 @@ T = TypeVar("T")
 # A revision that failed by chance five times in a row is halted for an hour (failures.HALT_S).
 SETTLES_WITHIN_S = 2 * 3600.0
 STAYS_FOR_CYCLES = 4
-BAD_RELEASE_CYCLES = 90
+BAD_RELEASE_CYCLES = 150
 
 
 @dataclass(slots=True, kw_only=True)

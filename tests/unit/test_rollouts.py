@@ -220,6 +220,28 @@ def test_replica_of_neither_revision_is_stale() -> None:
     assert leaving(decide(jobs, Memory(), CANARY)) == {4: Reason.STALE}
 
 
+SWAPPED = fleet(model_record(args={"seed": 2}, canary={"replicas": 1, "args": {"seed": 1}}))
+
+
+def test_old_revision_that_becomes_the_canary_serves_in_full_until_the_new_one_does() -> None:
+    """One of the two is the canary by now; the other is a stale replica and leaves as such."""
+    decided = decide(served(), Memory(), SWAPPED)
+    assert leaving(decided) == {}
+    assert {one for one, _, _ in submitted(decided)} == {BAD}
+    new = job(BAD, id=5, ordinal=4), job(BAD, id=6, ordinal=5)
+    assert leaving(decide([*served(), *new], Memory(), SWAPPED)) == {2: Reason.STALE}
+
+
+def test_kept_revision_that_is_the_canary_is_submitted_once() -> None:
+    """It stands in for the model, whose release fails, beside the canary that is wanted of it."""
+    first = job(GOOD, id=1)
+    decided = decide([first], failing(), SWAPPED)
+    assert submitted(decided) == [(GOOD, 1, Reason.MISSING), (GOOD, 2, Reason.MISSING)]
+    more = job(GOOD, id=2, ordinal=1), job(GOOD, id=3, ordinal=2)
+    settled = decide([first, *more], failing(), SWAPPED)
+    assert (submitted(settled), leaving(settled)) == ([], {})
+
+
 # --- what the reconciler itself ends for a fault ------------------------------------------------
 
 

@@ -208,3 +208,28 @@ def _apply_at(fleet: Fleet, hours: float) -> None:
     shifted = {"PYTHONPATH": "/shared/clock", "HOURS_AHEAD": str(hours)}
     done = fleet.lab.run("login", fleet.command("apply"), env=shifted, check=False)
     assert done.returncode in (0, 4), done.stdout + done.stderr  # 4: so it decides nothing
+
+
+def test_two_login_nodes_that_know_nothing_of_each_other_do_no_harm(fleet: Fleet) -> None:
+    """Each has its own state and lock; Slurm's singleton and one way to choose names are enough."""
+    commands = [
+        fleet.command("run", "--interval", "1", "--state-dir", f"/tmp/{name}")
+        for name in ("first", "second")
+    ]
+    with (
+        fleet.lab.popen("login", commands[0]) as first,
+        fleet.lab.popen("login", commands[1]) as second,
+    ):
+        wait_for("two replicas", lambda: len(routed(fleet)) == 2, timeout_s=90)
+        before = set(routed(fleet))
+        fleet.edit("max-num-seqs: 16", "max-num-seqs: 17")
+
+        def updated() -> bool:
+            now = routed(fleet)
+            return len(now) == 2 and before.isdisjoint(now) and before.isdisjoint(live(fleet))
+
+        requests = under_load(fleet, lambda: wait_for("the update", updated, timeout_s=180))
+        assert lost(requests) == []
+        assert_settled(fleet, replicas=2)
+        first.kill()
+        second.kill()

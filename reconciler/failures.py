@@ -17,6 +17,8 @@ HALT_S = 3600.0
 # Two failures on one node, and none elsewhere, are the node's; it is avoided for this long.
 QUARANTINE_AFTER = 2
 QUARANTINE_S = 1800.0
+# Of a revision that has no job any more nothing is worth keeping longer.
+FORGOTTEN_S = 7 * 86_400.0
 # What is remembered of one revision: enough for every rule above.
 _REMEMBERED = 20
 
@@ -83,7 +85,16 @@ def learn_failures(
             mended = _ready_since(job) > seen.last_at
             count = 0 if mended else seen.count
             failures[_revision(job)] = replace(seen, count=count, was_ready=True)
-    return failures
+    alive = {_revision(job) for job in jobs}
+    return {
+        revision: seen
+        for revision, seen in failures.items()
+        if revision in alive or observation.at - max(_times(seen)) < FORGOTTEN_S
+    }
+
+
+def _times(failures: Failures) -> list[float]:
+    return [failures.last_at, *(failure.at for failure in failures.recent)]
 
 
 def learn_refusals(memory: Memory, names: Iterable[ReplicaName], at: float) -> Memory:

@@ -18,7 +18,7 @@ def plan_text(plan: Record) -> str:
     if plan["actions"]:
         parts.append(columns([_action_row(action) for action in plan["actions"]]))
     if plan["notes"]:
-        parts.append(_notes(plan["notes"]))
+        parts.append(_notes(plan))
     return "\n\n".join(parts)
 
 
@@ -31,7 +31,7 @@ def status_text(plan: Record) -> str:
     ]
     parts = [_headline(plan), columns(models), _replicas(plan["replicas"])]
     held = [note for note in plan["notes"] if note["subject"] not in _names(plan)]
-    parts += [f"{note['subject']}: {note['kind']}: {_note(note)}" for note in held]
+    parts += [f"{note['subject']}: {note['kind']}: {_note(note, plan['at'])}" for note in held]
     return "\n\n".join(parts)
 
 
@@ -60,6 +60,7 @@ def explanation(plan: Record, events: Sequence[Record], name: str) -> Record | N
     told = [event for event in events if ours(event["subject"]) or _routes(event["action"], jobs)]
     return {
         "name": name,
+        "at": plan["at"],
         "model": model,
         "replicas": replicas,
         "actions": [a for a in plan["actions"] if ours(_subject(a)) or _routes(a, jobs)],
@@ -80,7 +81,7 @@ def explain_text(record: Record) -> str:
         rows = [_action_row(action) for action in record["actions"]]
         parts.append("To be done now:\n" + columns(rows))
     if record["notes"]:
-        parts.append(_notes(record["notes"]))
+        parts.append(_notes(record))
     parts.append("Last events:\n" + events_text(record) if record["events"] else "No events.")
     return "\n\n".join(parts)
 
@@ -110,7 +111,7 @@ def changes(before: Record | None, after: Record) -> list[str]:
 def waiting_text(plan: Record) -> str:
     """Return in one line what the fleet is not yet."""
     ready = [f"{view['name']} {view['ready']}/{view['wanted']} ready" for view in plan["models"]]
-    notes = [f"{note['subject']}: {_note(note)}" for note in plan["notes"]]
+    notes = [f"{note['subject']}: {_note(note, plan['at'])}" for note in plan["notes"]]
     return "; ".join(ready + notes)
 
 
@@ -153,8 +154,9 @@ def _headline(plan: Record) -> str:
     return f"fleet {plan['fleet']}: {what}; {plan['gpus_held']} of {plan['gpus_budget']} GPUs held"
 
 
-def _notes(notes: Sequence[Record]) -> str:
-    rows = [("", note["subject"], f"{note['kind']}:", _note(note)) for note in notes]
+def _notes(record: Record) -> str:
+    notes, at = record["notes"], record["at"]
+    rows = [("", note["subject"], f"{note['kind']}:", _note(note, at)) for note in notes]
     return "Not done now:\n" + columns(rows)
 
 
@@ -230,11 +232,13 @@ def _names(plan: Record) -> set[str]:
     return {replica_name(view["name"]) for view in plan["replicas"]}
 
 
-def _note(note: Record) -> str:
+def _note(note: Record, at: float) -> str:
+    """Return a note's text and until when, with the date if that is another day than `at`."""
     if note["until"] is None:
         return _plain(note["text"])
-    until = datetime.fromtimestamp(note["until"], UTC)
-    return f"{_plain(note['text'])}, until {until:%H:%M:%S} UTC"
+    until, now = (datetime.fromtimestamp(time, UTC) for time in (note["until"], at))
+    moment = f"{until:%H:%M:%S}" if until.date() == now.date() else f"{until:%Y-%m-%d %H:%M:%S}"
+    return f"{_plain(note['text'])}, until {moment} UTC"
 
 
 def _count(number: int, noun: str) -> str:

@@ -8,6 +8,7 @@ import pytest
 from reconciler.failures import (
     BACKOFF_FIRST_S,
     BACKOFF_MOST_S,
+    FORGOTTEN_S,
     HALT_AFTER,
     HALT_S,
     QUARANTINE_S,
@@ -226,6 +227,15 @@ def test_jobs_that_slurm_refused_quarantine_no_node() -> None:
     memory = after(failed(1, 0, node=""), failed(2, 0, node=""))
     assert count(memory) == 0
     assert quarantined(refused(3), AT + 1) == {}
+
+
+def test_failures_of_a_revision_without_jobs_are_forgotten_in_a_week() -> None:
+    """Memory must not grow with each release; one that still has a job is remembered."""
+    memory = after(failed(1))
+    later = AT + FORGOTTEN_S
+    assert NAME in after(at=later - 1, memory=memory).failures
+    assert NAME not in after(at=later, memory=memory).failures
+    assert NAME in after(job(REV, id=2), at=later, memory=memory).failures
 
 
 def refused(times: int, names: Sequence[ReplicaName] = (job(REV).name,)) -> Memory:

@@ -127,10 +127,11 @@ def _canarys(canary: Model, jobs: Sequence[Job], seen: Seen) -> list[Job]:
     """Return which jobs of a canary's revision are the canary, with what is to succeed them.
 
     What has become the canary by an edit may serve in greater numbers: more than are wanted of it
-    are stale replicas of the model, which leave when others serve in their place.
+    are stale replicas of the model, which leave when others serve in their place. One of which
+    nothing is known holds its place first, as it is never touched.
     """
     expiring = seen.due(canary, jobs)
-    best = sorted(jobs, key=lambda job: (-progress(job, seen), job.name))
+    best = sorted(jobs, key=lambda job: (not seen.is_unknown(job), -progress(job, seen), job.name))
     lasting = [job for job in best if job.key not in expiring]
     leaving = [job for job in best if job.key in expiring]
     return lasting[: canary.replicas] + leaving[: canary.replicas]

@@ -73,6 +73,9 @@ class Seen:
     def status(self, job: Job) -> Status:
         return self.statuses[job.key]
 
+    def is_unknown(self, job: Job) -> bool:
+        return self.status(job) is Status.UNKNOWN
+
     def probe(self, job: Job) -> Probe | None:
         return self.observation.probes.get(job.key)
 

@@ -84,6 +84,22 @@ def test_R12_port_range_that_is_used_up_ends_with_a_clear_error(tmp_path: Path) 
     assert done.stdout == "no free port between 20000 and 20049 on node1\n"
 
 
+def test_R26_port_that_is_reserved_is_not_chosen_again(tmp_path: Path) -> None:
+    """Before an engine listens its port is its own already, whatever the other's job id."""
+    script = "\n".join(
+        [
+            "listens() { return 1; }",
+            "first_port=20000 last_port=20049 tried=0 SLURM_JOB_ID=7",
+            function("choose_port"),
+            'choose_port && echo "$port"',
+            'SLURM_JOB_ID=57; choose_port && echo "$port"',
+        ]
+    )
+    environment = {"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path)}
+    chosen = subprocess.check_output(["bash", "-c", script], env=environment, text=True)
+    assert chosen.split() == ["20049", "20000"]
+
+
 @pytest.mark.parametrize("words", ["Traceback", "CUDA error: out of memory", "FATAL ERROR failed"])
 def test_R13_frightening_words_of_a_replica_that_answers_mean_nothing(words: str) -> None:
     """What counts is the answer to the probe; no text of a log or a message is evidence."""

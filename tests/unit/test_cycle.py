@@ -91,3 +91,12 @@ def test_job_that_slurm_is_about_to_end_spoils_no_look() -> None:
     fake = FakeWorld(live=live)
     outcome = cycle(wanted, world(fake), at=1_000_000.0, commit=None, say=lambda _: None)
     assert outcome.plan.observed
+
+
+def test_job_that_may_run_over_its_walltime_spoils_no_look() -> None:
+    """A site may have an OverTimeLimit: one such job among others says nothing of the clock."""
+    wanted = fleet()
+    over = job(revision(wanted), id=1, ordinal=0, ends_at=990_000)
+    fake = FakeWorld(live=[over, job(revision(wanted), id=2, ordinal=1)])
+    outcome = cycle(wanted, world(fake), at=1_000_000.0, commit=None, say=lambda _: None)
+    assert outcome.plan.observed

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from reconciler.failures import backoff_until, halted
 from reconciler.naming import ReplicaName
@@ -265,7 +266,13 @@ def _outgoing_to_leave(case: _Case, current: Sequence[Job], outgoing: Sequence[J
     spare = ready - (case.model.replicas - case.max_unavailable)
     if spare < 0:
         return idle
-    return idle + silent + sorted(serving, key=lambda job: _victim_order(job, seen))[:spare]
+
+    def order(job: Job) -> tuple[Any, ...]:
+        # What has just succeeded an expiring one of the fallback must not go in its place.
+        lasting = case.is_fallback(job) and not case.is_expiring(job)
+        return (lasting, *_victim_order(job, seen))
+
+    return idle + silent + sorted(serving, key=order)[:spare]
 
 
 def _is_unhealthy(job: Job, seen: Seen) -> bool:

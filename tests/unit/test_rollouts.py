@@ -94,6 +94,15 @@ def test_old_replica_leaves_when_its_successor_of_the_same_revision_is_ready() -
     assert submits(decided) == []
 
 
+def test_successor_of_an_old_replica_that_is_not_routed_yet_does_not_go_in_its_place() -> None:
+    """It would be submitted again, and again."""
+    first, second = served(ends_at=int(AT) + 150)
+    third = job(GOOD, id=3, ordinal=2)
+    jobs = [first, second, third]
+    seen = observation(*jobs, gateways=[view(AFTER, first, second)])
+    assert leaving(plan(AFTER, seen, failing())) == {1: Reason.EXPIRING}
+
+
 @pytest.mark.parametrize("state", ["PENDING", "RUNNING"])
 def test_old_replica_that_starts_is_not_cancelled_between_two_tries(state: str) -> None:
     """The hold has passed and the new revision is tried again; what replaces the old one stays."""

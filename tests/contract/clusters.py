@@ -218,7 +218,8 @@ class RealCluster:
         squeue = ["squeue", "--noheader", "--format=%T", f"--jobs={job_id}"]
 
         def starts() -> bool:
-            state = self._lab.run("login", squeue).stdout.strip()
+            # At the moment of a requeue Slurm may not know the id.
+            state = self._lab.run("login", squeue, check=False).stdout.strip()
             if state == "PENDING":
                 self._scontrol("update", f"jobid={job_id}", "StartTime=now")
             return state == "RUNNING"

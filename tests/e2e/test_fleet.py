@@ -289,7 +289,7 @@ def test_a_rolling_update_that_nothing_may_begin_says_so(fleet: Fleet) -> None:
     fleet.edit("max-num-seqs: 16", "max-num-seqs: 32")
     fleet.run("apply", "--wait", "--timeout", "6s", check=False)
     said = fleet.run("plan")
-    assert "needs 1 GPUs; 2 of the budget's 2 are held" in said
+    assert "needs 1 GPU; 2 of the budget's 2 are held" in said
     assert _live_jobs(fleet) == before
 
 

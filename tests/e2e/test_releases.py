@@ -28,7 +28,7 @@ def test_what_served_is_kept_alive_while_a_release_fails(fleet: Fleet) -> None:
     fleet.edit("max-num-seqs: 16", "max-num-seqs: 17")
     fleet.edit('STANDIN_TOKENS_PER_S: "50"', 'STANDIN_TOKENS_PER_S: "nonsense"')
     with fleet.lab.popen("login", fleet.command("run", "--interval", "1")) as service:
-        wait_for("the release to fail", lambda: "held" in fleet.run("plan"), timeout_s=60)
+        wait_for("the release to fail", lambda: "backoff:" in fleet.run("plan"), timeout_s=90)
         victim = min(before)
         fleet.lab.run("login", ["scancel", str(victim)])
         wait_for(

@@ -9,6 +9,8 @@ PYTEST := .venv/bin/python -m pytest
 # The tests wait for Slurm far more than they compute, so three run at once; not so those of the
 # real engine, which alone keeps both cores busy.
 PARALLEL := --numprocesses=3 --dist=loadgroup
+# So does one that has a single replica and a minute for its successor.
+ALONE := tests/engine tests/e2e/test_vllm.py tests/e2e/test_lifetimes.py
 
 .PHONY: help demo test soak bench lint venv packages lab-down clean
 
@@ -21,8 +23,8 @@ demo: packages ## show the main job on the lab (ENGINE=vllm|standin, KEEP=1 leav
 test: packages ## run all tests: unit, contract on real Slurm, end to end, real vLLM
 	@.venv/bin/python -m tests.lab base
 	@.venv/bin/python images/build.py vllm-cpu
-	$(PYTEST) $(PARALLEL) --ignore=tests/engine --ignore=tests/e2e/test_vllm.py
-	$(PYTEST) tests/engine tests/e2e/test_vllm.py
+	$(PYTEST) $(PARALLEL) $(addprefix --ignore=,$(ALONE))
+	$(PYTEST) $(ALONE)
 
 soak: packages ## run what takes long: many kills, many seeds
 	SOAK=1 $(PYTEST) $(PARALLEL) tests/e2e/test_kills.py

@@ -297,17 +297,6 @@ def test_a_requeued_job_has_its_id_and_another_key(cluster: Cluster) -> None:
     _reason(cluster, before.id, "BeginTime")
 
 
-def test_a_requeued_job_publishes_anew(cluster: Cluster) -> None:
-    """Its comment is void by the restart count, also on the same node, until it writes again."""
-    before = _started(cluster)
-    assert cluster.requeue(before.id)
-    _reason(cluster, before.id, "BeginTime")
-    cluster.start_now(before.id)
-    after = _published(cluster, before.id)
-    assert after.run is not None
-    assert (after.run.restarts, after.run.node) == (1, after.nodes)
-
-
 def test_a_job_that_forbids_it_is_not_requeued(cluster: Cluster) -> None:
     """--no-requeue: nobody can requeue a replica by hand; it runs on under its key."""
     before = _started(cluster, REPLICA, NO_REQUEUE)
@@ -630,16 +619,6 @@ def _error(call: Callable[[], object]) -> type[Exception] | None:
     except (SlurmUnavailable, SubmitUnknown) as error:
         return type(error)
     return None
-
-
-def test_after_a_killed_controller_no_old_key_means_a_new_job(cluster: Cluster) -> None:
-    """It may forget its last jobs and give their ids away again: an id alone is no key."""
-    old = _started(cluster)
-    last = _known(cluster, cluster.slurm.submit(script(name(1))))
-    cluster.kill_controller()
-    cluster.start_controller()
-    new = _known(cluster, cluster.slurm.submit(script(name(2))))
-    assert new.key not in (old.key, last.key)
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,12 @@ def fleet(own_lab: Lab) -> Fleet:
     return Fleet(own_lab)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests run side by side; those that share a lab or its name stay on one worker."""
+    """Tests run side by side; those that share a lab or its name stay on one worker.
+
+    First, because pytest-xdist reads the marks in a hook of the same name.
+    """
     for item in items:
         shared = {"contract": "contract", "test_demo": "demo"}
         group = shared.get(item.path.parent.name) or shared.get(item.path.stem)

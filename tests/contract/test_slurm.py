@@ -400,11 +400,17 @@ def test_a_drain_lets_a_replica_publish_and_end(cluster: Cluster) -> None:
 
 
 def test_a_drain_before_the_trap_ends_the_job(cluster: Cluster) -> None:
-    """So USR1 must wait for `trap_ready`."""
+    """So USR1 must wait for `trap_ready`. Before the script runs, it may be lost as well."""
     job = _started(cluster, DEAF)
-    cluster.slurm.drain(_ref(job))
-    assert _in_phase(cluster, job.id, Phase.ENDED).state == "FAILED"
-    assert _known(cluster, job.id).reason.startswith("RaisedSignal")
+
+    def drained() -> bool:
+        cluster.slurm.drain(_ref(job))
+        return _known(cluster, job.id).phase is Phase.ENDED
+
+    cluster.until("the end of the drained job", drained)
+    ended = _known(cluster, job.id)
+    assert ended.state == "FAILED"
+    assert ended.reason.startswith("RaisedSignal")
 
 
 def test_a_drain_touches_no_waiting_job_and_no_other_name(cluster: Cluster) -> None:

@@ -139,8 +139,12 @@ def _within_budget(
 
 
 def _targets(seen: Seen, leaving: Mapping[JobKey, Reason]) -> list[Target]:
-    """Return who gets requests: who is ready and stays, and as it was who can't be judged."""
-    targets = []
+    """Return who gets requests: who is ready and stays, and as it was who can't be judged.
+
+    Silence alone does not take a model's last replicas away: a busy engine, or our own network, is
+    more likely than its end, and without them each request fails.
+    """
+    targets, silent = [], []
     routed = {target.job_id: target for target in seen.routed.values()}
     for job in seen.live:
         if job.key in leaving:
@@ -157,7 +161,10 @@ def _targets(seen: Seen, leaving: Mapping[JobKey, Reason]) -> list[Target]:
             )
         elif status is Status.UNKNOWN and job.id in routed:
             targets.append(routed[job.id])  # by its id: its submit time may be what is unreadable
-    return targets
+        elif status is Status.SILENT and seen.is_routed_where_it_is(job):
+            silent.append(seen.routed[job.key])
+    served = {target.model for target in targets}
+    return targets + [target for target in silent if target.model not in served]
 
 
 def _route(fleet: Fleet, seen: Seen, targets: list[Target]) -> tuple[list[Action], list[Note]]:

@@ -3,9 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from reconciler.failures import quarantined
-from reconciler.plan import (
-    Status,
-)
+from reconciler.plan import Status
 from reconciler.rollover import MARGIN_S, due, last_moment
 from reconciler.spec import Fleet, Model
 from reconciler.state import (
@@ -130,6 +128,11 @@ class Seen:
         address = job.run.address if job.run is not None else None
         return job.key in self.routed or address in self.routed_addresses
 
+    def is_routed_where_it_is(self, job: Job) -> bool:
+        """Whether it was ready: at another address, as after a requeue, it has all to prove again."""
+        routed = self.routed.get(job.key)
+        return routed is not None and job.run is not None and routed.address == job.run.address
+
     def may_get_requests(self, job: Job) -> bool:
         """Whether it answers, and a gateway routes to it or can't be asked whether it does."""
         serves = self.status(job) in (Status.READY, Status.SILENT)
@@ -161,9 +164,7 @@ class Seen:
             return Status.SICK if self.hung(job) else Status.READY
         if probe.health is Health.IMPOSTOR:
             return Status.IMPOSTOR
-        # At another address, as after a requeue, it has everything to prove again.
-        routed = self.routed.get(job.key)
-        was_ready = routed is not None and routed.address == job.run.address
+        was_ready = self.is_routed_where_it_is(job)
         if was_ready and (self.misses(job) < MISSES_TO_DEROUTE or self.observer_suspect):
             return Status.READY
         if probe.health is Health.SILENT:

@@ -361,6 +361,18 @@ def test_R01_silent_replica_is_never_cancelled_for_it() -> None:
     assert len(notes(decided, NoteKind.SILENT)) == 1
 
 
+def test_R10_silence_does_not_take_the_last_replica_of_a_model() -> None:
+    """One that is silent for long keeps its requests until another one can have them."""
+    wanted = fleet(model_record(replicas=1))
+    last, other = pair()
+    alone = observation(last, healths={1: Health.SILENT}, gateways=[view(wanted, last)])
+    decided = plan(wanted, alone, misses(1000, last))
+    assert decided.actions == ()
+    assert len(notes(decided, NoteKind.SILENT)) == 1
+    both = observation(last, other, healths={1: Health.SILENT}, gateways=[view(wanted, last)])
+    assert routed_ids(plan(wanted, both, misses(1000, last))) == [2]
+
+
 def test_impostor_gets_no_request_at_once() -> None:
     """A replica that does not prove who it is gets no traffic, not even for one look."""
     decided = look_at_one_bad(Health.IMPOSTOR, 1)

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 
 from reconciler.naming import LABEL, checked_address
 from reconciler.spec import Fleet
@@ -32,6 +33,10 @@ _TOO_LARGE = {
 }
 
 GENERATION_MARK = "@GENERATION@"
+
+_MARK = re.compile(r"@([A-Z_]+)@")
+_GATEWAY_CONF = files("reconciler").joinpath("gateway.conf").read_text(encoding="utf-8")
+_GATEWAY_JS = files("reconciler").joinpath("gateway.js").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,11 +62,11 @@ def render_gateway(fleet: Fleet, targets: Iterable[Target]) -> GatewayFiles:
     text = json.dumps(parts, sort_keys=True)
     generation = hashlib.sha256(text.encode()).hexdigest()[:12]
     # Not in the njs module: it does not need it, and a served name may read like the mark.
-    files = {
+    rendered = {
         name: part if name == "fleet.js" else part.replace(GENERATION_MARK, generation)
         for name, part in parts.items()
     }
-    return GatewayFiles(generation=generation, files=files)
+    return GatewayFiles(generation=generation, files=rendered)
 
 
 def parse_targets(text: str) -> tuple[str, tuple[Target, ...]]:
@@ -103,15 +108,21 @@ def _entry(target: Target) -> Mapping[str, str | int]:
 def _fleet_conf(fleet: Fleet, by_model: Mapping[str, list[Target]]) -> str:
     upstreams = [_upstream(name, members) for name, members in by_model.items() if members]
     most = max(map(len, by_model.values()), default=0)
-    server = (
-        _SERVER.replace("@LISTEN@", str(fleet.gateway.listen))
-        .replace("@SERVER_NAME@", fleet.gateway.server_name)
-        .replace("@TOO_LARGE@", json.dumps({"error": _TOO_LARGE}))
-        .replace("@BODY_MAX@", _BODY_MAX)
-        .replace("@RETRY_WINDOW@", str(_RETRY_WINDOW_S))
-        .replace("@TRIES@", str(max(2, min(most, 5))))
-    )
-    return "\n".join([*upstreams, _STATUS_SERVER, server])
+    values = {
+        "STATUS_ADDRESS": STATUS_ADDRESS,
+        "LISTEN": str(fleet.gateway.listen),
+        "SERVER_NAME": fleet.gateway.server_name,
+        "TOO_LARGE": json.dumps({"error": _TOO_LARGE}),
+        "BODY_MAX": _BODY_MAX,
+        "RETRY_WINDOW": str(_RETRY_WINDOW_S),
+        "TRIES": str(max(2, min(most, 5))),
+    }
+    return "\n".join([*upstreams, _filled(_GATEWAY_CONF, values)])
+
+
+def _filled(template: str, values: Mapping[str, str]) -> str:
+    """Return a template with its marks replaced, in one pass: a value is never looked into."""
+    return _MARK.sub(lambda mark: values.get(mark[1], mark[0]), template)
 
 
 def _upstream(model: str, members: list[Target]) -> str:
@@ -125,115 +136,14 @@ def _upstream(model: str, members: list[Target]) -> str:
 
 def _fleet_js(fleet: Fleet, by_model: Mapping[str, list[Target]]) -> str:
     """Return the njs module; names reach it as JSON, so no character of theirs is special."""
-    upstreams: dict[str, str | None] = {}
-    listed = []
-    for model in fleet.models:
-        ready = bool(by_model[model.name])
-        state = "ready" if ready else "starting" if model.replicas else "stopped"
-        for name in model.names:
-            upstreams[name] = f"model.{model.name}" if ready else None
-            listed.append({"id": name, "object": "model", "owned_by": fleet.fleet, "state": state})
-    for name in sorted(by_model.keys() - {model.name for model in fleet.models}):
-        upstreams[name] = f"model.{name}"
-        listed.append({"id": name, "object": "model", "owned_by": fleet.fleet, "state": "ready"})
-    listing = json.dumps({"object": "list", "data": listed})
-    return (
-        # JSON.parse: in an object literal the key "__proto__" would not be a key.
-        f"const UPSTREAMS = JSON.parse({json.dumps(json.dumps(upstreams, sort_keys=True))});\n"
-        f"const MODELS = {json.dumps(listing)};\n{_FLEET_JS}"
-    )
-
-
-_STATUS_SERVER = f"""\
-server {{
-    listen {STATUS_ADDRESS};
-    access_log off;
-    default_type text/plain;
-    location = /generation {{ return 200 {GENERATION_MARK}; }}
-}}
-"""
-
-_SERVER = """\
-js_import fleet from fleet.js;
-js_var $fleet_upstream;
-
-server {
-    listen @LISTEN@;
-    server_name @SERVER_NAME@;
-    server_tokens off;
-    client_max_body_size @BODY_MAX@;
-    client_body_buffer_size @BODY_MAX@;
-    default_type application/json;
-
-    error_page 413 = @too_large;
-    location @too_large {
-        return 413 '@TOO_LARGE@';
-    }
-
-    location = /v1/models { js_content fleet.models; }
-    location /v1/ { js_content fleet.route; }
-    location / { js_content fleet.notFound; }
-
-    location @replicas {
-        proxy_pass http://$fleet_upstream;
-        proxy_http_version 1.1;
-        proxy_set_header Connection "";
-        proxy_set_header Host $host;
-        proxy_set_header Authorization "";
-        proxy_buffering off;
-        gzip off;
-        proxy_read_timeout 3600s;
-        proxy_send_timeout 60s;
-        proxy_connect_timeout 2s;
-        proxy_socket_keepalive on;
-        proxy_next_upstream error timeout http_502 http_503 http_504 non_idempotent;
-        proxy_next_upstream_tries @TRIES@;
-        proxy_next_upstream_timeout @RETRY_WINDOW@s;
-        proxy_intercept_errors off;
-    }
-}
-"""
-
-_FLEET_JS = """\
-// Sends a request to the upstream of the model that its JSON body names.
-function error(r, status, code, message) {
-    r.headersOut['Content-Type'] = 'application/json';
-    const body = {message: message, type: 'invalid_request_error', code: code};
-    r.return(status, JSON.stringify({error: body}));
-}
-
-function notFound(r) {
-    error(r, 404, 'not_found', 'No such path; the OpenAI API is below /v1/.');
-}
-
-function route(r) {
-    if (r.method !== 'POST') {
-        return error(r, 405, 'method_not_allowed', 'Use POST here.');
-    }
-    let body;
-    try {
-        body = JSON.parse(r.requestText);
-    } catch (e) {
-        return error(r, 400, 'invalid_json', 'The request body is not JSON.');
-    }
-    if (body === null || typeof body.model !== 'string' || !body.model) {
-        return error(r, 400, 'model_required', 'The request body must name a model.');
-    }
-    if (!Object.prototype.hasOwnProperty.call(UPSTREAMS, body.model)) {
-        return error(r, 404, 'model_not_found', 'No such model; GET /v1/models lists them.');
-    }
-    if (UPSTREAMS[body.model] === null) {
-        r.headersOut['Retry-After'] = '10';
-        return error(r, 503, 'model_not_ready', 'No replica of this model is ready; try again.');
-    }
-    r.variables.fleet_upstream = UPSTREAMS[body.model];
-    r.internalRedirect('@replicas');
-}
-
-function models(r) {
-    r.headersOut['Content-Type'] = 'application/json';
-    r.return(200, MODELS);
-}
-
-export default {route, models, notFound};
-"""
+    names = {name: model.name for model in fleet.models for name in model.names}
+    states = {model.name: "starting" if model.replicas else "stopped" for model in fleet.models}
+    for name, members in by_model.items():
+        if members:
+            states[name] = "ready"
+    # A model that is gone from the spec and still guarded is served by its name.
+    names |= {name: name for name in sorted(by_model) if name not in names}
+    record = {"fleet": fleet.fleet, "names": names, "listed": list(names), "states": states}
+    # JSON.parse: in an object literal the key "__proto__" would not be a key.
+    data = json.dumps(json.dumps(record, sort_keys=True))
+    return f"const FLEET = JSON.parse({data});\n{_GATEWAY_JS}"

@@ -129,7 +129,7 @@ class Seen:
         return job.key in self.routed or address in self.routed_addresses
 
     def is_routed_where_it_is(self, job: Job) -> bool:
-        """Whether it was ready: at another address, as after a requeue, it has all to prove again."""
+        """Whether it gets requests at its address; at another, as requeued, it has all to prove."""
         routed = self.routed.get(job.key)
         return routed is not None and job.run is not None and routed.address == job.run.address
 

@@ -43,10 +43,11 @@ def three(**keys: Any) -> Fleet:
     )
 
 
-def constants(text: str) -> dict[str, Any]:
-    """The values of the njs module's constants, as JavaScript reads them."""
-    found = re.findall(r"^const (\w+) = (?:JSON\.parse\()?(\".*\")\)?;$", text, re.MULTILINE)
-    return {name: json.loads(json.loads(literal)) for name, literal in found}
+def known(text: str) -> dict[str, Any]:
+    """What the njs module knows of the fleet, as JavaScript reads it."""
+    literal = text.split("\n", 1)[0].removeprefix("const FLEET = JSON.parse(").removesuffix(");")
+    record: dict[str, Any] = json.loads(json.loads(literal))
+    return record
 
 
 @pytest.mark.parametrize("name", ["fleet.conf", "fleet.js", "targets.json"])
@@ -101,16 +102,16 @@ def test_R37_served_names_reach_njs_as_data() -> None:
     ours = [target for target in targets() if target.model == "tiny"]
     wanted = fleet(model_record(served_names=NAMES))
     files = render_gateway(wanted, ours).files
-    found = constants(files["fleet.js"])
-    assert found["UPSTREAMS"] == dict.fromkeys(["tiny", *NAMES], "model.tiny")
-    assert [item["id"] for item in found["MODELS"]["data"]] == ["tiny", *NAMES]
+    found = known(files["fleet.js"])
+    assert found["names"] == dict.fromkeys(["tiny", *NAMES], "tiny")
+    assert found["listed"] == ["tiny", *NAMES]
     assert files["fleet.js"].isascii()
     plain = render_gateway(fleet(), ours).files
     generation = r"return 200 [0-9a-f]{12};"
     assert re.sub(generation, "", files["fleet.conf"]) == re.sub(
         generation, "", plain["fleet.conf"]
     )
-    code = [text.split("\n", 2)[2] for text in (files["fleet.js"], plain["fleet.js"])]
+    code = [text.split("\n", 1)[1] for text in (files["fleet.js"], plain["fleet.js"])]
     assert code[0] == code[1]
 
 
@@ -121,13 +122,8 @@ def test_model_without_a_replica_has_no_upstream() -> None:
         "model.tiny",
         "model.big",
     ]
-    upstreams = constants(files["fleet.js"])["UPSTREAMS"]
-    assert upstreams["org/Tiny"] == "model.tiny"
-    assert upstreams["starting"] is None
-    states = {item["id"]: item["state"] for item in constants(files["fleet.js"])["MODELS"]["data"]}
-    assert (states["tiny"], states["starting"], states["stopped"]) == (
-        *("ready", "starting", "stopped"),
-    )
+    states = known(files["fleet.js"])["states"]
+    assert states == {"tiny": "ready", "big": "ready", "starting": "starting", "stopped": "stopped"}
 
 
 def test_target_of_a_model_that_left_the_spec_is_served_by_its_name() -> None:
@@ -135,7 +131,8 @@ def test_target_of_a_model_that_left_the_spec_is_served_by_its_name() -> None:
     stray = Target(model="gone", job_id=1, submitted_at=1, address="10.0.0.1:1")
     files = render_gateway(fleet(), [stray]).files
     assert "upstream model.gone {" in files["fleet.conf"]
-    assert constants(files["fleet.js"])["UPSTREAMS"]["gone"] == "model.gone"
+    found = known(files["fleet.js"])
+    assert (found["names"]["gone"], found["states"]["gone"]) == ("gone", "ready")
 
 
 ENTRY = {"model": "tiny", "job_id": 9, "submitted_at": 1, "address": "10.0.0.9:20001"}

@@ -1,6 +1,10 @@
-const UPSTREAMS = JSON.parse("{\"big\": \"model.big\", \"org/Tiny\": \"model.tiny\", \"starting\": null, \"stopped\": null, \"tiny\": \"model.tiny\"}");
-const MODELS = "{\"object\": \"list\", \"data\": [{\"id\": \"tiny\", \"object\": \"model\", \"owned_by\": \"demo\", \"state\": \"ready\"}, {\"id\": \"org/Tiny\", \"object\": \"model\", \"owned_by\": \"demo\", \"state\": \"ready\"}, {\"id\": \"big\", \"object\": \"model\", \"owned_by\": \"demo\", \"state\": \"ready\"}, {\"id\": \"starting\", \"object\": \"model\", \"owned_by\": \"demo\", \"state\": \"starting\"}, {\"id\": \"stopped\", \"object\": \"model\", \"owned_by\": \"demo\", \"state\": \"stopped\"}]}";
-// Sends a request to the upstream of the model that its JSON body names.
+const FLEET = JSON.parse("{\"fleet\": \"demo\", \"listed\": [\"tiny\", \"org/Tiny\", \"big\", \"starting\", \"stopped\"], \"names\": {\"big\": \"big\", \"org/Tiny\": \"tiny\", \"starting\": \"starting\", \"stopped\": \"stopped\", \"tiny\": \"tiny\"}, \"states\": {\"big\": \"ready\", \"starting\": \"starting\", \"stopped\": \"stopped\", \"tiny\": \"ready\"}}");
+// Sends a request to the upstream of the model that its JSON body names. FLEET, which
+// reconciler/routes.py writes above these lines, is:
+//   fleet   its name
+//   names   what a client may call a model -> the model's own name
+//   listed  these names, in the spec's order
+//   states  the model's own name -> ready, starting or stopped
 function error(r, status, code, message) {
     r.headersOut['Content-Type'] = 'application/json';
     const body = {message: message, type: 'invalid_request_error', code: code};
@@ -24,20 +28,25 @@ function route(r) {
     if (body === null || typeof body.model !== 'string' || !body.model) {
         return error(r, 400, 'model_required', 'The request body must name a model.');
     }
-    if (!Object.prototype.hasOwnProperty.call(UPSTREAMS, body.model)) {
+    if (!Object.prototype.hasOwnProperty.call(FLEET.names, body.model)) {
         return error(r, 404, 'model_not_found', 'No such model; GET /v1/models lists them.');
     }
-    if (UPSTREAMS[body.model] === null) {
+    const model = FLEET.names[body.model];
+    r.variables.fleet_model = model;
+    if (FLEET.states[model] !== 'ready') {
         r.headersOut['Retry-After'] = '10';
         return error(r, 503, 'model_not_ready', 'No replica of this model is ready; try again.');
     }
-    r.variables.fleet_upstream = UPSTREAMS[body.model];
+    r.variables.fleet_upstream = `model.${model}`;
     r.internalRedirect('@replicas');
 }
 
 function models(r) {
+    const data = FLEET.listed.map(name => ({
+        id: name, object: 'model', owned_by: FLEET.fleet, state: FLEET.states[FLEET.names[name]],
+    }));
     r.headersOut['Content-Type'] = 'application/json';
-    r.return(200, MODELS);
+    r.return(200, JSON.stringify({object: 'list', data: data}));
 }
 
 export default {route, models, notFound};

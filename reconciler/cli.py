@@ -193,13 +193,17 @@ def apply(
     reviewed = None if expect is None else _reviewed(expect, fleet)
     from reconciler.render import plan_text
 
-    if allow_destroy:
-        _allow(fleet, state_dir, allow_destroy)
     progress = Progress(quiet=as_json)
     with world.store.locked(), ending() as end:
         while True:
-            outcome = _cycle(fleet, world, spec, state_dir, progress, end, reviewed)
-            reviewed = None  # what follows from the first step is done as it comes
+            outcome = _cycle(
+                fleet, world, spec, state_dir, progress, end, reviewed, frozenset(allow_destroy)
+            )
+            if allow_destroy:
+                # Not before: a plan that differs, or another's lock, leaves no word behind.
+                _allow(fleet, state_dir, allow_destroy)
+            # What follows from the first step is done as it comes, and as it was allowed.
+            reviewed, allow_destroy = None, ()
             progress.show(outcome)
             if not wait or outcome.plan.converged or progress.elapsed_s >= timeout_s:
                 break
@@ -467,6 +471,7 @@ def _cycle(
     progress: "Progress",
     end: "Ending",
     reviewed: "Plan | None" = None,
+    allow_destroy: frozenset[str] = frozenset(),
 ) -> "Outcome":
     from reconciler.cycle import cycle
 
@@ -477,7 +482,7 @@ def _cycle(
         at=at,
         commit=_commit(spec),
         say=progress.say,
-        allow_destroy=orders.allow_destroy(at),
+        allow_destroy=orders.allow_destroy(at) | allow_destroy,
         pauses=orders.pauses,
         reviewed=reviewed,
         told_to_end=end.told,

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from reconciler.adapters.orders import read_orders
 from reconciler.adapters.store import FILE, read_events
 from reconciler.cli import main
 from reconciler.plan import Action, Cancel, Drain, JobRef, Plan, Reason, Submit, differences
 from reconciler.planner import plan
-from reconciler.state import Memory
+from reconciler.state import Memory, Orders
 from tests.unit.build import DIGEST, fleet, job, model_record, observation, revision, spec_record
 from tests.unit.test_execute import FakeWorld, to
 
@@ -116,18 +117,19 @@ def reviewed(spec: Path) -> Path:
 
 def test_reviewed_plan_that_still_holds_is_done(spec: Path, fake: FakeWorld) -> None:
     """The clock has gone on since, and that is all."""
-    result = invoke("apply", spec, "--expect", reviewed(spec))
+    result = invoke("apply", spec, "--expect", reviewed(spec), "--allow-destroy", "tiny")
     assert (result.exit_code, result.stderr) == (0, "")
+    assert set(read_orders(spec.parent / "state").allowed) == {"tiny"}
     assert sorted(fake.done)[-2:] == [f"submit demo.tiny.{REV}.0", f"submit demo.tiny.{REV}.1"]
 
 
 def test_plan_that_is_not_the_reviewed_one_does_nothing_and_exits_with_3(
     spec: Path, fake: FakeWorld
 ) -> None:
-    """One line says what differs; no job, no route, no memory, no journal."""
+    """One line says what differs; no job, no route, no memory, no journal, no allowance."""
     file = reviewed(spec)
     fake.live, fake.done = (replace(ONE, state="PENDING", started_at=None, ends_at=None),), []
-    result = invoke("apply", spec, "--expect", file)
+    result = invoke("apply", spec, "--expect", file, "--allow-destroy", "tiny")
     assert result.exit_code == 3
     assert result.stderr == (
         "fleet: the plan is not the reviewed one, nothing was done: "
@@ -135,6 +137,7 @@ def test_plan_that_is_not_the_reviewed_one_does_nothing_and_exits_with_3(
     )
     assert fake.done == ["list demo"]
     state = spec.parent / "state"
+    assert read_orders(state) == Orders()
     assert read_events(state) == []
     assert b"emptied_at" not in (state / FILE).read_bytes()
 

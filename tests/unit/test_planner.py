@@ -602,8 +602,10 @@ def test_R02_empty_listing_once_changes_nothing() -> None:
     """The next good listing ends the suspicion, and the next bad one is suspected anew."""
     memory = learn(NOTHING, settled())
     assert memory.emptied_at is None
-    memory = learn(memory, observation(at=AT + 1, gateways=[view(FLEET, *pair())]))
+    empty = observation(at=AT + 1, gateways=[view(FLEET, *pair())])
+    memory = learn(memory, empty)
     assert memory.emptied_at == AT + 1
+    assert plan(FLEET, empty, memory).actions == ()
     memory = learn(memory, settled(at=AT + 2))
     assert memory.emptied_at is None
 

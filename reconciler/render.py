@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 # With one of these notes the plan shows no replicas because none could be seen.
-_BLIND = {"no listing", "suspicious listing"}
+_BLIND = {"no listing", "suspicious listing", "no keys"}
 _SIGNS = {"submit": "+", "route": "~", "drain": "-", "cancel": "x"}
 _EVENTS_EXPLAINED = 10
 
@@ -178,6 +178,9 @@ def _why(action: Record) -> str:
         # The journal keeps what changed, not all the targets.
         targets = [_count(len(action["targets"]), "replica")] if "targets" in action else []
         jobs = [f"+{job}" for job in action["added"]] + [f"-{job}" for job in action["removed"]]
+        trust = action.get("trust")
+        if not jobs and trust:
+            return ", ".join([*targets, f"key {trust['key']}"])
         return ", ".join(targets + ([f"jobs {' '.join(jobs)}"] if jobs else []))
     return f"{action['reason']} (job {action['job']['id']})"
 

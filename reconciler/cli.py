@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from reconciler import __version__
+from reconciler.backend_keys import backend_key
 from reconciler.errors import FleetError, PlanDiffers, SpecError
 from reconciler.terminal import Ending, Progress, ending, record_of
 
@@ -91,6 +92,9 @@ def main() -> None:
 
     SPEC is a folder that holds fleet.yaml (and models/*.yaml).
     """
+
+
+main.add_command(backend_key)
 
 
 @main.command()

@@ -108,6 +108,17 @@ def changes(before: Record | None, after: Record) -> list[str]:
     ]
 
 
+def backend_keys_text(record: Record) -> str:
+    """Return the backend keys, oldest first, as a table."""
+    if not record["keys"]:
+        return "No keys are made yet."
+    rows = [
+        (key["id"], key["made"], str(key["jobs"]), " ".join(key["gateways"]) or "-")
+        for key in record["keys"]
+    ]
+    return columns([("KEY", "MADE (UTC)", "JOBS", "SHOWN BY"), *rows])
+
+
 def waiting_text(plan: Record) -> str:
     """Return in one line what the fleet is not yet."""
     ready = [f"{view['name']} {view['ready']}/{view['wanted']} ready" for view in plan["models"]]

@@ -158,11 +158,10 @@ class FileSecrets:
         from reconciler.adapters import certificates
 
         file = self._folder / "models" / f"{model}.pem"
-        if file.exists():
-            own, *signers = _certificates(file)
-            left_s = certificates.seconds_left(own)
-            if signers == [self.authority()] and left_s > walltime_s + _LEAST_LEFT_S:
-                return
+        own, *signers = _CERTIFICATE.findall(_read(file)) if file.exists() else [""]
+        lasting_s = walltime_s + _LEAST_LEFT_S
+        if signers == [self.authority()] and certificates.seconds_left(own) > lasting_s:
+            return
         authority = _read(self._folder / "ca.pem")
         lasts_s = walltime_s + _LASTS_BEYOND_S
         if certificates.seconds_left(authority) < lasts_s:

@@ -174,7 +174,16 @@ def _decide(case: _Case) -> Part:
     staying = [job for job in case.jobs if job.key not in gone and serves(job, case.seen)]
     submits, notes = _missing(case, staying)
     notes += tuple(_expiring_note(case, job) for job in staying if case.is_expiring(job))
+    notes += tuple(_keys_notes(case, staying))
     return Part(leaving=tuple(leaving), submits=submits, notes=notes)
+
+
+def _keys_notes(case: _Case, staying: Iterable[Job]) -> Iterator[Note]:
+    for job in staying:
+        why = case.seen.keys_differ(job)
+        if why is not None:
+            text = f"{why}: it leaves when others serve in its place"
+            yield Note(kind=NoteKind.ROLLING, subject=str(job.name), text=text)
 
 
 def _expiring_note(case: _Case, job: Job) -> Note:

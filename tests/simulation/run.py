@@ -224,7 +224,7 @@ class Simulation:
         """End every fault that lasts. What was broken by then stays for the reconciler to mend."""
         world, cluster = self.world, self.world.cluster
         now = self.timeline.now
-        world.cut_until = world.disk_full_until = now
+        world.cut_until = world.disk_full_until = world.secrets_gone_until = now
         world.armed.clear()
         world.set_clock(0.0)
         world.image_missing_until = dict.fromkeys(world.image_missing_until, now)

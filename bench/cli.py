@@ -26,6 +26,7 @@ slurm: {partition: gpu, log_dir: /shared/logs}
 budget: {gpus: 1000}
 images: {engine: {runtime: none, path: /opt/vllm, version: 0.32.0}}
 gateway: {hosts: [{name: gateway}]}
+secret_dir: /shared/secrets
 """
 _MODEL = """\
 name: model-{at}

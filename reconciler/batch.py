@@ -12,10 +12,10 @@ from importlib.resources import files
 
 from pydantic import TypeAdapter, ValidationError
 
-from reconciler.naming import LOG_NAME, submit_comment
+from reconciler.naming import LOG_NAME, submit_comment, tls_name
 from reconciler.plan import Submit
 from reconciler.spec import Fleet, Image, Model
-from reconciler.state import Recipe
+from reconciler.state import Credentials, Recipe
 
 # The job's own half of the script; the rendered half above it only sets variables.
 _BODY = files("reconciler").joinpath("replica.sh").read_text(encoding="utf-8")
@@ -27,8 +27,8 @@ _RECIPES = TypeAdapter(Recipe)
 _WEIGHTS_INSIDE = "/models"
 
 
-def batch_script(recipe: Recipe, submit: Submit) -> str:
-    """Return the whole script of one replica."""
+def batch_script(recipe: Recipe, submit: Submit, credentials: Credentials | None = None) -> str:
+    """Return the whole script of one replica; without credentials it is open to everybody."""
     fleet, model, program = recipe.fleet, recipe.model, recipe.program
     image = fleet.images[model.image]
     comment = submit_comment(
@@ -37,6 +37,7 @@ def batch_script(recipe: Recipe, submit: Submit) -> str:
         commit=recipe.commit,
         succeeds=submit.succeeds,
         protect=model.protect,
+        keys=credentials.keys if credentials else (),
     )
     return "\n".join(
         [
@@ -56,6 +57,9 @@ def batch_script(recipe: Recipe, submit: Submit) -> str:
             _array("arguments", _arguments(fleet, model)),
             _array("environment", [f"{key}={value}" for key, value in _environment(model).items()]),
             f"contained={'true' if image.runtime == 'apptainer' else 'false'}",
+            f"secrets={shlex.quote(credentials.folder if credentials else '')}",
+            _array("keys", [*credentials.keys] if credentials else []),
+            f"tls_name={tls_name(fleet.fleet, model.name)}",
             "",
             _BODY,
         ]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from reconciler import __version__
+from reconciler.backend_keys import backend_key
 from reconciler.errors import FleetError, PlanDiffers, SpecError
 from reconciler.terminal import Ending, Progress, ending, record_of
 
@@ -91,6 +92,9 @@ def main() -> None:
 
     SPEC is a folder that holds fleet.yaml (and models/*.yaml).
     """
+
+
+main.add_command(backend_key)
 
 
 @main.command()
@@ -401,7 +405,7 @@ def render(spec: Path, model: str) -> None:
     from reconciler.batch import batch_script
     from reconciler.naming import ReplicaName
     from reconciler.plan import Reason, Submit
-    from reconciler.state import Recipe
+    from reconciler.state import Credentials, Recipe
 
     wanted = fleet.model(model)
     if wanted is None:
@@ -410,12 +414,15 @@ def render(spec: Path, model: str) -> None:
     if wanted.image in errors:
         raise FleetError(errors[wanted.image])
     pin = pins[wanted.image]
-    name = ReplicaName(
-        fleet=fleet.fleet, model=model, revision=wanted.revision(pin.digest), ordinal=0
-    )
-    submit = Submit(name=name, gpus=wanted.resources.gpus_total, reason=Reason.MISSING)
     recipe = Recipe.of(fleet, wanted, digest=pin.digest, program=pin.program, commit=_commit(spec))
-    click.echo(batch_script(recipe, submit), nl=False)
+    name = ReplicaName(fleet=fleet.fleet, model=model, revision=recipe.revision, ordinal=0)
+    submit = Submit(name=name, gpus=wanted.resources.gpus_total, reason=Reason.MISSING)
+    credentials = None
+    if fleet.replica_access == "protected":
+        # Those that are made with the first replica have no ids yet.
+        folder, keys = f"{fleet.secret_dir}/{fleet.fleet}", world.secrets.keyring().ids
+        credentials = Credentials(folder=folder, keys=keys)
+    click.echo(batch_script(recipe, submit, credentials), nl=False)
 
 
 @main.command()
@@ -431,17 +438,20 @@ def _load(spec: Path, state_dir: Path | None) -> "tuple[Fleet, World]":
     from reconciler.adapters.engine import HttpEngines
     from reconciler.adapters.images import ImageFolder
     from reconciler.adapters.nginx import NginxGateways
+    from reconciler.adapters.secrets import FileSecrets
     from reconciler.adapters.slurm_cli import SlurmCli
     from reconciler.adapters.store import SqliteStore
     from reconciler.observe import World
     from reconciler.spec import load_fleet
 
     fleet = load_fleet(spec)
+    secrets = FileSecrets(fleet.secret_dir, fleet.fleet)
     return fleet, World(
         slurm=SlurmCli(),
-        engines=HttpEngines(),
+        engines=HttpEngines(secrets),
         gateways=NginxGateways(fleet.gateway),
         images=ImageFolder(),
+        secrets=secrets,
         store=SqliteStore(_state_folder(fleet, state_dir), _warn),
     )
 

@@ -8,6 +8,7 @@
     ├── SubmitRejected         Slurm said no: nothing was submitted
     ├── SubmitUnknown          Slurm may have accepted: look again before submitting that name
     ├── GatewayFailed          a gateway kept its last configuration: it still serves
+    ├── SecretsFailed          keys or certificates can't be read or made: mend their folder
     ├── LockHeld               another reconciler is at work on this fleet
     ├── PlanDiffers              the plan is not the reviewed one: review again, exit code 3
     ├── LogMissing               a job's log can't be shown: look where it is, or later
@@ -57,6 +58,10 @@ class SubmitUnknown(FleetError):
 
 class GatewayFailed(FleetError):
     """A gateway could not be read or changed; its last configuration keeps serving."""
+
+
+class SecretsFailed(FleetError):
+    """The fleet's keys or certificates can't be read, or not be made."""
 
 
 class LockHeld(FleetError):

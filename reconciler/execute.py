@@ -8,12 +8,12 @@ run a bounded number at once.
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from typing import TypeVar
 
-from reconciler.adapters.ports import Result, Slurm, Store
+from reconciler.adapters.ports import Result, Secrets, Slurm, Store
 from reconciler.batch import batch_script
 from reconciler.errors import (
     FleetError,
@@ -26,8 +26,8 @@ from reconciler.naming import ReplicaName
 from reconciler.observe import World
 from reconciler.plan import Action, Cancel, Drain, JobRef, Plan, Route, Submit, title
 from reconciler.routes import render_gateway
-from reconciler.spec import Fleet
-from reconciler.state import JobKey, Recipe
+from reconciler.spec import Fleet, parse_duration
+from reconciler.state import Credentials, JobKey, Recipe
 
 Say = Callable[[str], None]
 K = TypeVar("K")
@@ -194,7 +194,8 @@ def _perform(
             recipe = recipes.get((action.name.model, action.name.revision))
             if recipe is None:
                 raise FleetError("nothing is known any more of what its revision is made of")
-            job_id = world.slurm.submit(batch_script(recipe, action))
+            credentials = _credentials(recipe, action, world.secrets)
+            job_id = world.slurm.submit(batch_script(recipe, action, credentials))
             say(f"submitted {action.name} as job {job_id}")
             return f"job {job_id}"
         case Route():
@@ -211,8 +212,19 @@ def _perform(
     return ""
 
 
+def _credentials(recipe: Recipe, submit: Submit, secrets: Secrets) -> Credentials | None:
+    if recipe.fleet.replica_access == "open":
+        return None
+    walltime_s = submit.walltime_s
+    if walltime_s is None:
+        walltime_s = parse_duration(recipe.fleet.slurm_for(recipe.model).walltime)
+    return secrets.issue(recipe.model.name, walltime_s)
+
+
 def _route(action: Route, fleet: Fleet, world: World, say: Say) -> None:
-    files = render_gateway(fleet, action.targets)
+    files = render_gateway(fleet, action.targets, action.trust)
+    if action.trust is not None:
+        files = replace(files, secrets=world.secrets.gateway_files(action.trust))
     calls = ((name, partial(world.gateways.change, name, files)) for name in action.gateways)
     failed = {}
     for name, ended in _side_by_side(world.at_once, calls):

@@ -23,7 +23,13 @@ FORGOTTEN_S = 7 * 86_400.0
 _REMEMBERED = 20
 
 # The job script's own words (replica.sh), and vLLM's for a command line that it can't parse.
-_STATUSES = {2: Cause.ARGUMENTS, 66: Cause.WEIGHTS, 69: Cause.IMAGE, 71: Cause.NODE}
+_STATUSES = {
+    2: Cause.ARGUMENTS,
+    66: Cause.WEIGHTS,
+    69: Cause.IMAGE,
+    71: Cause.NODE,
+    77: Cause.KEYS,
+}
 _STATES = {
     **dict.fromkeys(("NODE_FAIL", "BOOT_FAIL", "LAUNCH_FAILED", "RECONFIG_FAIL"), Cause.NODE),
     "OUT_OF_MEMORY": Cause.MEMORY,
@@ -33,10 +39,11 @@ _STATES = {
 # A replica is replaced at once after these: they say nothing of its revision.
 _NOT_THE_REVISIONS = frozenset({Cause.NODE, Cause.PREEMPTED, Cause.WALLTIME})
 # The same on every node: trying more nodes will not help.
-_EVERYWHERE = frozenset({Cause.ARGUMENTS, Cause.IMAGE, Cause.WEIGHTS})
+_EVERYWHERE = frozenset({Cause.ARGUMENTS, Cause.IMAGE, Cause.KEYS, Cause.WEIGHTS})
 _NONE = Failures(count=0, last_at=0.0, counted=frozenset())
 _NODES_OWN = frozenset(
-    {Cause.NODE, Cause.ENGINE, Cause.IMAGE, Cause.STARTUP, Cause.UNHEALTHY, Cause.WEIGHTS}
+    {Cause.NODE, Cause.ENGINE, Cause.IMAGE, Cause.KEYS}
+    | {Cause.STARTUP, Cause.UNHEALTHY, Cause.WEIGHTS}
 )
 
 

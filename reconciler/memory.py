@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from reconciler.failures import learn_failures
-from reconciler.plan import NoteKind, Plan, Reason, Status
+from reconciler.plan import BLIND, Plan, Reason, Status
 from reconciler.state import (
     UNREADABLE,
     Cause,
@@ -31,7 +31,6 @@ MAINTENANCES_S = 60.0
 FORGET_MAINTENANCES_S = 600.0
 # What a replica was told to end for, and is its revision's failure all the same.
 _FAULTS = {Reason.STARTUP_TIMEOUT: Cause.STARTUP, Reason.UNHEALTHY: Cause.UNHEALTHY}
-_BLIND = frozenset({NoteKind.NO_LISTING, NoteKind.SUSPICIOUS_LISTING})
 
 
 def learn(memory: Memory, observation: Observation) -> Memory:
@@ -67,8 +66,8 @@ def remember(memory: Memory, plan: Plan, recipes: Iterable[Recipe] = ()) -> Memo
     `recipes` are those of the spec and what was found again of others; a model's wanted revision
     is kept once a replica of it is ready, any other that is ready only if nothing is kept.
     """
-    # When jobs could not be listed the plan says nothing, so it forgets nothing either.
-    if any(note.kind in _BLIND for note in plan.notes):
+    # When nothing could be decided the plan says nothing, so it forgets nothing either.
+    if any(note.kind in BLIND for note in plan.notes):
         return memory
     drains = {
         leaving.key: memory.drains.get(leaving.key)

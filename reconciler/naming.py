@@ -6,11 +6,13 @@ occur inside a part and names round-trip. A job whose name does not parse is for
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Any
 
 LABEL = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
+_KEY_ID = re.compile(r"[0-9a-f]{8}")
 _NAME = re.compile(rf"({LABEL})\.({LABEL})\.([0-9a-f]{{8}})\.(0|[1-9][0-9]{{0,5}})")
 
 COMMENT_VERSION = 1
@@ -38,6 +40,11 @@ def parse_name(text: str) -> ReplicaName | None:
         return None
     fleet, model, revision, ordinal = match.groups()
     return ReplicaName(fleet=fleet, model=model, revision=revision, ordinal=int(ordinal))
+
+
+def tls_name(fleet: str, model: str) -> str:
+    """Return the name that the certificate of a model's replicas is made out to."""
+    return f"{model}.{fleet}.modelfleet.internal"
 
 
 def parse_log_name(text: str) -> tuple[ReplicaName, int] | None:
@@ -70,6 +77,7 @@ class Comment:
     run: Run | None
     succeeds: tuple[int, int] | None = None  # the job (id, submit time) that it is to replace
     protect: bool = False  # not ended for being gone from the spec
+    keys: tuple[str, ...] = ()  # ids of those that it takes, oldest first; without any it is open
 
 
 def submit_comment(
@@ -79,6 +87,7 @@ def submit_comment(
     commit: str | None,
     succeeds: tuple[int, int] | None = None,
     protect: bool = False,
+    keys: Sequence[str] = (),
 ) -> str:
     """Return the comment that a job is submitted with: public, one line, ASCII, no quote marks."""
     record: dict[str, object] = {
@@ -93,6 +102,8 @@ def submit_comment(
         record["succeeds"] = succeeds
     if protect:
         record["protect"] = True
+    if keys:
+        record["keys"] = list(keys)
     return json.dumps(record, separators=(",", ":"))
 
 
@@ -111,6 +122,7 @@ def parse_comment(text: str) -> Comment | None:
             run=_parse_run(record["run"]) if "run" in record else None,
             succeeds=_parse_key(record["succeeds"]) if "succeeds" in record else None,
             protect=record.get("protect") is True,
+            keys=tuple(map(checked_key_id, record.get("keys", ()))),
         )
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
@@ -142,6 +154,13 @@ def checked_address(text: str) -> str:
     if not re.fullmatch(r"[1-9][0-9]{0,4}", port, re.ASCII) or int(port) > 65535:
         raise ValueError(f"not a port: {port!r}")
     return f"{IPv4Address(host)}:{port}"
+
+
+def checked_key_id(text: object) -> str:
+    """Return a backend key's id: the first 8 hex digits of its sha256. Raises ValueError."""
+    if not isinstance(text, str) or not _KEY_ID.fullmatch(text):
+        raise ValueError(f"not a key's id: {text!r}")
+    return text
 
 
 def _count(value: object) -> int:

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from reconciler.adapters.ports import Engines, Gateways, ImagePin, Images, Slurm, Store
-from reconciler.errors import SlurmUnavailable
+from reconciler.adapters.ports import Engines, Gateways, ImagePin, Images, Secrets, Slurm, Store
+from reconciler.errors import SecretsFailed, SlurmUnavailable
 from reconciler.memory import must_ask_maintenances
 from reconciler.spec import Fleet
-from reconciler.state import GatewayView, Job, JobKey, Memory, Observation, Probe
+from reconciler.state import GatewayView, Job, JobKey, Keyring, Memory, Observation, Probe
 
 T = TypeVar("T")
 
@@ -32,6 +32,7 @@ class World:
     engines: Engines
     gateways: Gateways
     images: Images
+    secrets: Secrets
     store: Store
     booted_at: Callable[[], float] = booted_at
     # Calls that change something, side by side. Slurm's rate limiter takes bursts of 30 a user.
@@ -47,6 +48,7 @@ def observe(
     """
     gateways = world.gateways.look()
     pins, image_errors = world.images.pins(fleet)
+    keyring, keyring_error = _keyring(world.secrets)
     jobs: tuple[Job, ...] | None = None
     jobs_error: str | None = None
     odd_lines = 0
@@ -72,7 +74,16 @@ def observe(
         image_digests={name: pin.digest for name, pin in pins.items()},
         image_errors=image_errors,
         booted_at=booted,
+        keyring=keyring,
+        keyring_error=keyring_error,
     ), pins
+
+
+def _keyring(secrets: Secrets) -> tuple[Keyring | None, str | None]:
+    try:
+        return secrets.keyring(), None
+    except SecretsFailed as error:
+        return None, str(error)
 
 
 def _clock_ahead(jobs: Iterable[Job], at: float) -> str | None:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter
 
 from reconciler.naming import ReplicaName
-from reconciler.state import JobKey, Target
+from reconciler.state import JobKey, Target, Trust
 
 
 class Reason(StrEnum):
@@ -31,6 +31,7 @@ class NoteKind(StrEnum):
 
     NO_LISTING = "no listing"
     SUSPICIOUS_LISTING = "suspicious listing"
+    NO_KEYS = "no keys"
     ODD_LINES = "odd lines"
     UNKNOWN_STATE = "unknown state"
     IMAGE_UNKNOWN = "image unknown"
@@ -53,10 +54,10 @@ class NoteKind(StrEnum):
     GATEWAY = "gateway"
 
 
+# With one of these nothing at all was decided.
+BLIND = frozenset({NoteKind.NO_LISTING, NoteKind.SUSPICIOUS_LISTING, NoteKind.NO_KEYS})
 # With one of these, something was not seen and so nothing was decided for it (exit code 4).
-UNOBSERVED = frozenset(
-    {NoteKind.NO_LISTING, NoteKind.SUSPICIOUS_LISTING, NoteKind.IMAGE_UNKNOWN, NoteKind.GATEWAY}
-)
+UNOBSERVED = BLIND | {NoteKind.IMAGE_UNKNOWN, NoteKind.GATEWAY}
 
 
 class Status(StrEnum):
@@ -110,6 +111,7 @@ class Route:
     targets: tuple[Target, ...]
     added: tuple[str, ...]
     removed: tuple[str, ...]
+    trust: Trust | None = None  # None: no target is protected
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

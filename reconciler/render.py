@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 # With one of these notes the plan shows no replicas because none could be seen.
-_BLIND = {"no listing", "suspicious listing"}
+_BLIND = {"no listing", "suspicious listing", "no keys"}
 _SIGNS = {"submit": "+", "route": "~", "drain": "-", "cancel": "x"}
 _EVENTS_EXPLAINED = 10
 
@@ -108,6 +108,17 @@ def changes(before: Record | None, after: Record) -> list[str]:
     ]
 
 
+def backend_keys_text(record: Record) -> str:
+    """Return the backend keys, oldest first, as a table."""
+    if not record["keys"]:
+        return "No keys are made yet."
+    rows = [
+        (key["id"], key["made"], str(key["jobs"]), " ".join(key["gateways"]) or "-")
+        for key in record["keys"]
+    ]
+    return columns([("KEY", "MADE (UTC)", "JOBS", "SHOWN BY"), *rows])
+
+
 def waiting_text(plan: Record) -> str:
     """Return in one line what the fleet is not yet."""
     ready = [f"{view['name']} {view['ready']}/{view['wanted']} ready" for view in plan["models"]]
@@ -178,6 +189,9 @@ def _why(action: Record) -> str:
         # The journal keeps what changed, not all the targets.
         targets = [_count(len(action["targets"]), "replica")] if "targets" in action else []
         jobs = [f"+{job}" for job in action["added"]] + [f"-{job}" for job in action["removed"]]
+        trust = action.get("trust")
+        if not jobs and trust:
+            return ", ".join([*targets, f"key {trust['key']}"])
         return ", ".join(targets + ([f"jobs {' '.join(jobs)}"] if jobs else []))
     return f"{action['reason']} (job {action['job']['id']})"
 

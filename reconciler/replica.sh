@@ -1,6 +1,6 @@
 # One replica: start the engine, say where it is, drain when told, end as the engine ends.
 # The lines above set: comment_base names program weights launch arguments environment contained
-# node_count drain_timeout_s
+# node_count drain_timeout_s secrets keys tls_name
 #
 # A replica of several nodes is one engine with a rank on each. The batch script runs rank 0, which
 # alone has an address; srun runs this same script once more on every other node, as
@@ -13,7 +13,7 @@ readonly first_port=20000 last_port=29999
 # How often a lost port is replaced by another before giving up.
 readonly port_tries=5
 # What the planner tells apart from the engine's own failures (reconciler/state.py, sysexits.h).
-readonly exit_no_weights=66 exit_no_program=69 exit_node=71
+readonly exit_no_weights=66 exit_no_program=69 exit_node=71 exit_no_keys=77
 
 trap_ready=false ready=null draining=false address='' engine='' publisher=''
 clock='' overdue=false scratch='' rank=0 others='' master='' master_port='' speaker=''
@@ -111,6 +111,18 @@ start_rank() {
   engine=$!
 }
 
+# Copy the certificate and the keys to where the engine finds them and no other user looks. What they
+# are never becomes an argument or a part of an environment: any user of the node could read those.
+take_secrets() {
+  local id key list=''
+  mkdir -p "$private" && cp "$secrets/models/${names[0]}.pem" "$private/replica.pem" || return 1
+  for id in "${keys[@]}"; do
+    # One that was revoked since is gone.
+    key=$(cat "$secrets/keys/"*".$id") && list+="${list:+, }\"$key\""
+  done
+  [[ -n $list ]] && printf 'api-key: [%s]\n' "$list" >"$private/engine.yaml"
+} 2>/dev/null
+
 start_engine() {
   if ((node_count > 1)); then
     choose_port || exit "$exit_node"
@@ -119,8 +131,16 @@ start_engine() {
   choose_port || exit "$exit_node"
   address="$node:$port"
   say "engine starts on $address"
-  start_rank --host "$node" --port "$port" \
-    --served-model-name "${names[@]}" "${names[0]}@$SLURM_JOB_ID"
+  local words=(--host "$node" --port "$port")
+  health=("http://$address/health")
+  if [[ -n $secrets ]]; then
+    words+=(--config "$seen/engine.yaml")
+    words+=(--ssl-certfile "$seen/replica.pem" --ssl-keyfile "$seen/replica.pem")
+    # The certificate comes with that of who signed it.
+    health=(--cacert "$private/replica.pem" --resolve "$tls_name:$port:$node")
+    health+=("https://$tls_name:$port/health")
+  fi
+  start_rank "${words[@]}" --served-model-name "${names[@]}" "${names[0]}@$SLURM_JOB_ID"
   ((node_count == 1)) || start_others
   publish
 }
@@ -165,7 +185,7 @@ lives() {
 }
 
 answers() {
-  curl --silent --fail --max-time 2 --output /dev/null "http://$address/health" 2>/dev/null
+  curl --silent --fail --max-time 2 --noproxy '*' --output /dev/null "${health[@]}" 2>/dev/null
 }
 
 # USR1: publish `draining` first, so that nobody routes here or counts on this job, then let the
@@ -227,6 +247,15 @@ trap 'say "drain timeout"; overdue=true' USR2
 trap_ready=true
 
 prepare_node
+if [[ -n $secrets ]]; then
+  private=$scratch/tmp/fleet seen=$scratch/tmp/fleet
+  # Of the scratch a container sees this, as its /tmp.
+  $contained && seen=/tmp/fleet
+  if ! (umask 077 && take_secrets); then
+    say "$secrets can't be read on this node, or lacks this replica's keys or certificate"
+    exit "$exit_no_keys"
+  fi
+fi
 tried=0
 start_engine
 while true; do

@@ -10,13 +10,13 @@ named location, so that streaming and retries stay in the proxy module
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
 
-from reconciler.naming import LABEL, checked_address
+from reconciler.naming import LABEL, checked_address, checked_key_id, tls_name
 from reconciler.spec import Fleet
-from reconciler.state import Target
+from reconciler.state import Target, Trust
 
 # Where a gateway answers its generation; loopback only, for the adapter on the same host.
 STATUS_ADDRESS = "127.0.0.1:8091"
@@ -34,6 +34,18 @@ _TOO_LARGE = {
 
 GENERATION_MARK = "@GENERATION@"
 
+# Beside the others, of mode 0600: the key that protected replicas are shown, and who signs their
+# certificates. They are the only secret ones, so they are no part of what is rendered here.
+KEY_FILE = "replica-key.conf"
+AUTHORITY_FILE = "replica-authority.crt"
+_PROTECTED = f"""
+        proxy_ssl_verify on;
+        proxy_ssl_trusted_certificate {AUTHORITY_FILE};
+        proxy_ssl_name @TLS_NAME@;
+        proxy_ssl_server_name on;
+        proxy_ssl_protocols TLSv1.2 TLSv1.3;
+        proxy_ssl_session_reuse on;"""
+
 _MARK = re.compile(r"@([A-Z_]+)@")
 _GATEWAY_CONF = files("reconciler").joinpath("gateway.conf").read_text(encoding="utf-8")
 _GATEWAY_JS = files("reconciler").joinpath("gateway.js").read_text(encoding="utf-8")
@@ -41,23 +53,52 @@ _GATEWAY_JS = files("reconciler").joinpath("gateway.js").read_text(encoding="utf
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayFiles:
-    """The generated files by name, and their generation (12 hex digits)."""
+    """The generated files by name, and their generation (12 hex digits).
+
+    `secrets` are those that only their owner may read; the ids of what is in them are rendered.
+    """
 
     generation: str
     files: Mapping[str, str]
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
-def render_gateway(fleet: Fleet, targets: Iterable[Target]) -> GatewayFiles:
-    """Return what every gateway of the fleet runs when exactly `targets` get requests."""
+def key_in_use(order: Sequence[str], targets: Iterable[Target]) -> str | None:
+    """Return the id of the key to show to these targets, None if none of them is protected.
+
+    It is the newest (last in `order`) that all of them take. Should there be none, as when somebody
+    has meddled with the keys, it is the newest that most of them take.
+    """
+    taken = [frozenset(target.keys) for target in targets if target.keys]
+    counts = [(sum(key in keys for keys in taken), at) for at, key in enumerate(order)]
+    most, newest = max(counts, default=(0, 0))
+    return order[newest] if most else None
+
+
+def key_file(key: str) -> str:
+    """Return the text of the file with a backend key: what `Authorization` each upstream gets."""
+    return (
+        "map $fleet_upstream $fleet_authorization {\n"
+        f'    default "";\n    ~^model\\. "Bearer {key}";\n}}\n'
+    )
+
+
+def render_gateway(
+    fleet: Fleet, targets: Iterable[Target], trust: Trust | None = None
+) -> GatewayFiles:
+    """Return what every gateway of the fleet runs when exactly `targets` get requests.
+
+    `trust` must be given if any of them is protected, that is, has keys.
+    """
     ordered = tuple(sorted(set(targets)))
     # A model that is gone from the spec and still guarded is served by its name.
     by_model: dict[str, list[Target]] = {model.name: [] for model in fleet.models}
     for target in ordered:
         by_model.setdefault(target.model, []).append(target)
     parts = {
-        "fleet.conf": _fleet_conf(fleet, by_model),
+        "fleet.conf": _fleet_conf(fleet, by_model, trust),
         "fleet.js": _fleet_js(fleet, by_model),
-        "targets.json": _targets_json(ordered),
+        "targets.json": _targets_json(ordered, trust),
     }
     text = json.dumps(parts, sort_keys=True)
     generation = hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -78,7 +119,9 @@ def parse_targets(text: str) -> tuple[str, tuple[Target, ...]]:
         raise ValueError(f"not a targets.json: {error}") from error
 
 
-def _target(*, model: str, job_id: int, submitted_at: int, address: str) -> Target:
+def _target(
+    *, model: str, job_id: int, submitted_at: int, address: str, keys: Sequence[str] = ()
+) -> Target:
     """Return a target that may stand in a configuration again, whatever became of the file."""
     if not re.fullmatch(LABEL, model):
         raise ValueError(f"not a model: {model!r}")
@@ -87,26 +130,35 @@ def _target(*, model: str, job_id: int, submitted_at: int, address: str) -> Targ
         job_id=int(job_id),
         submitted_at=int(submitted_at),
         address=checked_address(str(address)),
+        keys=tuple(map(checked_key_id, keys)),
     )
 
 
-def _targets_json(targets: tuple[Target, ...]) -> str:
-    record = {"generation": GENERATION_MARK, "targets": [_entry(target) for target in targets]}
-    return json.dumps(record, indent=1) + "\n"
+def _targets_json(targets: tuple[Target, ...], trust: Trust | None) -> str:
+    # Another key, or another authority, is another generation.
+    believed = None if trust is None else {"key": trust.key, "authority": trust.authority}
+    # A line each: diffs are readable, and the encoder's own indentation takes three times as long.
+    rows = ",\n".join(json.dumps(_entry(target)) for target in targets)
+    head = f'{{"generation": "{GENERATION_MARK}",\n"trust": {json.dumps(believed)},\n'
+    return f'{head}"targets": [\n{rows}\n]}}\n'
 
 
-def _entry(target: Target) -> Mapping[str, str | int]:
+def _entry(target: Target) -> Mapping[str, object]:
     """Return what `_target` reads; by hand, as asdict's deep copies were half of the rendering."""
     return {
         "model": target.model,
         "job_id": target.job_id,
         "submitted_at": target.submitted_at,
         "address": target.address,
+        "keys": target.keys,
     }
 
 
-def _fleet_conf(fleet: Fleet, by_model: Mapping[str, list[Target]]) -> str:
-    upstreams = [_upstream(name, members) for name, members in by_model.items() if members]
+def _fleet_conf(fleet: Fleet, by_model: Mapping[str, list[Target]], trust: Trust | None) -> str:
+    upstreams = [text for name, members in by_model.items() for text in _upstreams(name, members)]
+    if trust is not None:
+        upstreams.append(f"include {KEY_FILE};\n")
+    protected = "" if trust is None else _PROTECTED
     most = max(map(len, by_model.values()), default=0)
     values = {
         "STATUS_ADDRESS": STATUS_ADDRESS,
@@ -116,6 +168,8 @@ def _fleet_conf(fleet: Fleet, by_model: Mapping[str, list[Target]]) -> str:
         "BODY_MAX": _BODY_MAX,
         "RETRY_WINDOW": str(_RETRY_WINDOW_S),
         "TRIES": str(max(2, min(most, 5))),
+        "AUTHORIZATION": '""' if trust is None else "$fleet_authorization",
+        "PROTECTED": protected.replace("@TLS_NAME@", tls_name(fleet.fleet, "$fleet_model")),
     }
     return "\n".join([*upstreams, _filled(_GATEWAY_CONF, values)])
 
@@ -125,13 +179,28 @@ def _filled(template: str, values: Mapping[str, str]) -> str:
     return _MARK.sub(lambda mark: values.get(mark[1], mark[0]), template)
 
 
-def _upstream(model: str, members: list[Target]) -> str:
+def _upstreams(model: str, members: list[Target]) -> Iterator[str]:
+    """Yield a model's upstreams: of its protected replicas, and of those that are open."""
+    for kind, some in (
+        ("model", [target for target in members if target.keys]),
+        ("open", [target for target in members if not target.keys]),
+    ):
+        if some:
+            yield _upstream(f"{kind}.{model}", some)
+
+
+def _upstream(name: str, members: list[Target]) -> str:
     # One failure takes a replica out for 5 s: a dead node costs 2 s to each request that tries it.
     servers = "".join(
         f"    server {t.address} max_fails=1 fail_timeout=5s;  # job {t.job_id}\n" for t in members
     )
-    head = f"upstream model.{model} {{\n    zone model.{model} 128k;\n    least_conn;\n"
+    head = f"upstream {name} {{\n    zone {name} 128k;\n    least_conn;\n"
     return f"{head}{servers}    keepalive 64;\n}}\n"
+
+
+def _open_share(members: list[Target]) -> float:
+    """Return which share of a model's replicas is open: some are while the fleet changes over."""
+    return round(sum(not target.keys for target in members) / len(members), 3)
 
 
 def _fleet_js(fleet: Fleet, by_model: Mapping[str, list[Target]]) -> str:
@@ -143,7 +212,13 @@ def _fleet_js(fleet: Fleet, by_model: Mapping[str, list[Target]]) -> str:
             states[name] = "ready"
     # A model that is gone from the spec and still guarded is served by its name.
     names |= {name: name for name in sorted(by_model) if name not in names}
-    record = {"fleet": fleet.fleet, "names": names, "listed": list(names), "states": states}
+    record = {
+        "fleet": fleet.fleet,
+        "names": names,
+        "listed": list(names),
+        "states": states,
+        "open": {name: _open_share(members) for name, members in by_model.items() if members},
+    }
     # JSON.parse: in an object literal the key "__proto__" would not be a key.
     data = json.dumps(json.dumps(record, sort_keys=True))
     return f"const FLEET = JSON.parse({data});\n{_GATEWAY_JS}"

@@ -93,6 +93,7 @@ AbsolutePath = Annotated[str, AfterValidator(_checked_path)]
 LogDir = Annotated[AbsolutePath, AfterValidator(_checked_log_dir)]
 Line = Annotated[str, AfterValidator(_one_line)]
 Version = Annotated[str, Field(pattern=r"^[0-9][0-9A-Za-z.+-]*$", max_length=_LABEL_MAX)]
+Access = Literal["protected", "open"]
 EnvName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 ArgName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.-]*$")]
 # true -> --flag, false -> --no-flag, a list -> several words, a mapping -> one word of JSON.
@@ -241,8 +242,11 @@ class Model(Strict):
         }
         return (plain, plain.model_copy(update=changed))
 
-    def revision(self, image_digest: str) -> str:
-        """Return the first 8 hex digits of the digest of only the fields that need a restart."""
+    def revision(self, image_digest: str, access: Access = "protected") -> str:
+        """Return the first 8 hex digits of the digest of only the fields that need a restart.
+
+        `access` is the fleet's `replica_access`: to change it is a new revision of every model.
+        """
         restarts = {
             "schema": 1,
             "engine": self.engine,
@@ -253,6 +257,8 @@ class Model(Strict):
             "env": self.env,
             "resources": self.resources.model_dump(exclude_defaults=True),
         }
+        if access != "protected":
+            restarts["replica_access"] = access
         text = json.dumps(restarts, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -270,6 +276,16 @@ class Fleet(Strict):
     defaults: Defaults = Defaults()
     blast_radius: Annotated[float, Field(ge=0, le=1)] = Field(
         0.5, description="the share of ready replicas that fewer `replicas` may end unasked"
+    )
+    replica_access: Access = Field(
+        "protected",
+        description="protected: TLS and a key between gateway and replicas; "
+        "open: neither, whoever reaches a node may use its replicas",
+    )
+    secret_dir: AbsolutePath | None = Field(
+        None,
+        description="of keys and certificates; login hosts and nodes see it, "
+        "and only the fleet's own user may (mode 0700)",
     )
     models: Annotated[tuple[Model, ...], Field(strict=False)]
 
@@ -461,6 +477,12 @@ def impossibilities(fleet: Fleet) -> Iterator[tuple[source.Path, str]]:
     if fleet.defaults.rollout == Rollout(max_surge=0, max_unavailable=0):
         message = "max_surge and max_unavailable can't both be 0: no rollout could ever take a step"
         yield ("defaults", "rollout"), message
+    if fleet.replica_access == "protected" and fleet.secret_dir is None:
+        message = (
+            '"secret_dir" is missing: a folder of mode 0700 that login hosts and nodes see, for '
+            "the replicas' keys and certificates (or, for replicas without: replica_access: open)"
+        )
+        yield (), message
     yield from _name_clashes(fleet)
     for name, image in fleet.images.items():
         yield from _image_mistakes(fleet, name, image)
@@ -503,6 +525,7 @@ def warnings(fleet: Fleet) -> Iterator[tuple[source.Path, str]]:
 # Engine arguments that identify or place a replica: two answers to one question can't both hold.
 _OURS = frozenset(
     {"host", "port", "served-model-name", "shutdown-timeout", "api-key", "model", "config"}
+    | {"ssl-certfile", "ssl-keyfile", "ssl-ca-certs", "ssl-cert-reqs"}
     | {"nnodes", "node-rank", "master-addr", "master-port", "headless"}
 )
 # Their product is how many ranks an engine has.

@@ -66,6 +66,7 @@ class Cause(StrEnum):
     ARGUMENTS = "the engine refuses its arguments"
     ENGINE = "the engine ended"
     IMAGE = "its image is missing"
+    KEYS = "its keys or its certificate are missing"
     MEMORY = "out of memory"
     NODE = "the node failed"
     PREEMPTED = "preempted"
@@ -158,10 +159,35 @@ class Target:
     job_id: int
     submitted_at: int
     address: str
+    keys: tuple[str, ...] = ()  # ids of those that it takes; without any it speaks plain HTTP
 
     @property
     def key(self) -> JobKey:
         return (self.job_id, self.submitted_at)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keyring:
+    """What there is of the fleet's secrets, and nothing secret. Without ids none are made yet."""
+
+    ids: tuple[str, ...] = ()  # of the backend keys, oldest first
+    authority: str = ""  # 12 hex digits of the sha256 of who signs the replicas' certificates
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trust:
+    """What a gateway shows to protected replicas, and whom it believes; ids only."""
+
+    key: str
+    authority: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Credentials:
+    """Where a job finds what it proves itself with, and which of the keys are its own."""
+
+    folder: str
+    keys: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,6 +216,8 @@ class Observation:
     image_digests: Mapping[str, str] = field(default_factory=dict)  # image -> digest
     image_errors: Mapping[str, str] = field(default_factory=dict)
     booted_at: float | None = None  # by this host's clock: it changes only when that jumps
+    keyring: Keyring | None = Keyring()
+    keyring_error: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,7 +320,7 @@ class Recipe:
 
     @property
     def revision(self) -> str:
-        return self.model.revision(self.digest)
+        return self.model.revision(self.digest, self.fleet.replica_access)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,11 +9,14 @@ import json
 import re
 import ssl
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import httpx
 
-from reconciler.naming import Run
+from reconciler.adapters.secrets import FileSecrets
+from reconciler.errors import SecretsFailed
+from reconciler.naming import Run, tls_name
 from reconciler.state import Health, Job, JobKey, Probe
 
 _TIMEOUT_S = 3.0
@@ -33,26 +36,57 @@ _TOKENS = re.compile(r"vllm:generation_tokens_total(?:\{[^}]*\})? ([0-9.eE+-]+)"
 
 
 class HttpEngines:
-    """The adapter for OpenAI-compatible engines with vLLM's paths."""
+    """The adapter for OpenAI-compatible engines with vLLM's paths.
+
+    A job that was given keys is asked over TLS only, and shown a key only when it has proved by its
+    certificate that it is a replica of its model.
+    """
+
+    def __init__(self, secrets: FileSecrets) -> None:
+        self._secrets = secrets
 
     def probe(self, jobs: Sequence[Job], proven: Iterable[JobKey]) -> Mapping[JobKey, Probe]:
         published = [(job, job.run) for job in jobs if job.run is not None]
-        return asyncio.run(self._probe_all(published, frozenset(proven)))
+        try:
+            access = self._access(any(_keys_of(job) for job, _ in published))
+        except (SecretsFailed, ssl.SSLError) as error:
+            silent = Probe(health=Health.SILENT, detail=str(error))
+            return {job.key: silent for job, _ in published}
+        return asyncio.run(_probe_all(published, access, frozenset(proven)))
 
-    async def _probe_all(
-        self, jobs: Sequence[tuple[Job, Run]], proven: Collection[JobKey]
-    ) -> Mapping[JobKey, Probe]:
-        slots = asyncio.Semaphore(_AT_ONCE)
-        # It trusts nobody, and none is asked; to load what a host trusts would take long.
-        certificates = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    def _access(self, protected: bool) -> "_Access":
+        # Without an authority it trusts nobody; to load what a host trusts would take long.
+        access = _Access(trusted=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+        if not protected:
+            return access
+        access.trusted.load_verify_locations(cadata=self._secrets.authority())
+        return replace(access, keys={key.id: key.text for key in self._secrets.backend_keys()})
 
-        async def probe(job: Job, run: Run) -> Probe:
-            # The clock of a probe starts with its turn, so that it never counts others' time.
-            async with slots, _Replica(run.address, certificates) as replica:
-                return await _probe(replica, job, job.key in proven)
 
-        probes = await asyncio.gather(*(probe(job, run) for job, run in jobs))
-        return {job.key: probe for (job, _), probe in zip(jobs, probes, strict=True)}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Access:
+    """Whom the probes of a cycle believe, and what they show to those: keys by their ids."""
+
+    trusted: ssl.SSLContext
+    keys: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+def _keys_of(job: Job) -> Sequence[str]:
+    return job.comment.keys if job.comment is not None else ()
+
+
+async def _probe_all(
+    jobs: Sequence[tuple[Job, Run]], access: _Access, proven: Collection[JobKey]
+) -> Mapping[JobKey, Probe]:
+    slots = asyncio.Semaphore(_AT_ONCE)
+
+    async def probe(job: Job, run: Run) -> Probe:
+        # The clock of a probe starts with its turn, so that it never counts others' time.
+        async with slots, _Replica(job, run.address, access) as replica:
+            return await _probe(replica, job, job.key in proven)
+
+    probes = await asyncio.gather(*(probe(job, run) for job, run in jobs))
+    return {job.key: probe for (job, _), probe in zip(jobs, probes, strict=True)}
 
 
 class _Replica:
@@ -62,9 +96,19 @@ class _Replica:
     the questions, and one pool's search for a connection grows with its size.
     """
 
-    def __init__(self, address: str, certificates: ssl.SSLContext) -> None:
+    def __init__(self, job: Job, address: str, access: _Access) -> None:
+        self._transport = httpx.AsyncHTTPTransport(verify=access.trusted)
         self._base = f"http://{address}"
-        self._transport = httpx.AsyncHTTPTransport(verify=certificates)
+        self._headers: dict[str, str] = {}
+        self._extensions: dict[str, str] = {}
+        if not _keys_of(job):
+            return
+        self._base = f"https://{address}"
+        # TLS asks for this name, and the certificate must be made out to it.
+        self._extensions["sni_hostname"] = tls_name(job.name.fleet, job.name.model)
+        known = [access.keys[key] for key in _keys_of(job) if key in access.keys]
+        if known:
+            self._headers["Authorization"] = f"Bearer {known[-1]}"
 
     async def __aenter__(self) -> Self:
         return self
@@ -78,7 +122,13 @@ class _Replica:
         Raises httpx.HTTPError, or ValueError for an endless one.
         """
         method = "GET" if body is None else "POST"
-        request = httpx.Request(method, f"{self._base}{path}", json=body)
+        request = httpx.Request(
+            method,
+            f"{self._base}{path}",
+            json=body,
+            headers=self._headers,
+            extensions=self._extensions,
+        )
         answer = await self._transport.handle_async_request(request)
         received = bytearray()
         try:
@@ -104,7 +154,10 @@ async def _probe(replica: _Replica, job: Job, proven: bool) -> Probe:
     except TimeoutError:
         return Probe(health=Health.SILENT, detail="no answer in time")
     except httpx.NetworkError as error:
-        if _refused(error):
+        if _has(error, ssl.SSLError) and not _has(error, ssl.SSLEOFError):
+            detail = "it has no certificate of this model's replicas"
+            return Probe(health=Health.IMPOSTOR, detail=detail)
+        if _has(error, ConnectionRefusedError):
             return Probe(health=Health.STARTING, detail="nothing listens at its address")
         # Unreachable or reset: that says something of the way there, not of the engine.
         return Probe(health=Health.SILENT, detail="it can't be reached")
@@ -113,10 +166,13 @@ async def _probe(replica: _Replica, job: Job, proven: bool) -> Probe:
         return Probe(health=Health.SICK, detail=detail)
 
 
-def _refused(error: BaseException | None) -> bool:
-    """Tell whether a refused connection lies at the bottom of an error: the process is gone."""
+def _has(error: BaseException | None, kind: type[BaseException]) -> bool:
+    """Tell whether an error of this kind lies at the bottom of another.
+
+    Such as a refused connection: the process is gone.
+    """
     while error is not None:
-        if isinstance(error, ConnectionRefusedError):
+        if isinstance(error, kind):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -124,7 +180,10 @@ def _refused(error: BaseException | None) -> bool:
 
 async def _introduce(replica: _Replica, identity: str) -> Probe | None:
     """Return what is wrong with who answers and how it feels, or None."""
-    models = json.loads(_well(await replica.ask("/v1/models")))
+    status, text = await replica.ask("/v1/models")
+    if status == 401:
+        return Probe(health=Health.SICK, detail="it takes none of the keys that it was given")
+    models = json.loads(_well((status, text)))
     names = {str(item["id"]) for item in models["data"]}
     if identity not in names:
         return Probe(health=Health.IMPOSTOR, detail=f"it serves {', '.join(sorted(names))[:80]}")

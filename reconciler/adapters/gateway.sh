@@ -43,8 +43,13 @@ change)
   ln -s ../base.conf "$part/nginx.conf"
   nginx -t -q -c "$part/nginx.conf"
   previous=$(readlink "$folder/current" || true)
-  # A folder of that name holds the same files: its name is their hash.
-  [ -d "$staged" ] || mv "$part" "$staged"
+  # A folder of that name holds the same files (its name is their hash), but for a key: old ones are
+  # removed.
+  if [ ! -d "$staged" ]; then
+    mv "$part" "$staged"
+  elif [ -e "$part/replica-key.conf" ]; then
+    mv "$part/replica-key.conf" "$staged/"
+  fi
   ln -sfn "gen-$generation" "$folder/current.part.$$"
   mv -T "$folder/current.part.$$" "$folder/current"
   nginx -s reload -c "$conf"
@@ -63,6 +68,8 @@ change)
     else
       rm "$folder/current"
     fi
+  else
+    find "$folder" -mindepth 2 -maxdepth 2 -name replica-key.conf ! -path "$staged/*" -delete
   fi
   # Keep the last few generations to look at; nginx has read the files and needs none of them.
   find "$folder" -maxdepth 1 -name 'gen-*' ! -name "gen-$generation" ! -name "${previous##*/}" \

@@ -86,9 +86,10 @@ class NginxGateways:
 def _tar(files: GatewayFiles) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, text in sorted(files.files.items()):
-            data = text.encode()
-            entry = tarfile.TarInfo(name)
-            entry.size, entry.mode = len(data), 0o640
-            tar.addfile(entry, io.BytesIO(data))
+        for part, mode in ((files.files, 0o640), (files.secrets, 0o600)):
+            for name, text in sorted(part.items()):
+                data = text.encode()
+                entry = tarfile.TarInfo(name)
+                entry.size, entry.mode = len(data), mode
+                tar.addfile(entry, io.BytesIO(data))
     return buffer.getvalue()

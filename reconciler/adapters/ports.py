@@ -9,7 +9,16 @@ from typing import Protocol
 from reconciler.plan import Action, JobRef
 from reconciler.routes import GatewayFiles
 from reconciler.spec import Fleet
-from reconciler.state import GatewayView, Job, JobKey, Memory, Probe
+from reconciler.state import (
+    Credentials,
+    GatewayView,
+    Job,
+    JobKey,
+    Keyring,
+    Memory,
+    Probe,
+    Trust,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +87,19 @@ class Images(Protocol):
 
     def pins(self, fleet: Fleet) -> tuple[Mapping[str, ImagePin], Mapping[str, str]]:
         """Return the pin of each image of the spec, and one line for each that has none."""
+
+
+class Secrets(Protocol):
+    """The fleet's keys and certificates. Every call may raise SecretsFailed."""
+
+    def keyring(self) -> Keyring:
+        """Return what there is of them; nothing in it is secret."""
+
+    def issue(self, model: str, walltime_s: float) -> Credentials:
+        """Return what a job of the model needs, valid for its walltime; make what is missing."""
+
+    def gateway_files(self, trust: Trust) -> Mapping[str, str]:
+        """Return the secret files, by name, of a gateway that is to have this key and authority."""
 
 
 class Result(StrEnum):

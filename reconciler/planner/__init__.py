@@ -25,9 +25,18 @@ from reconciler.planner.guard import not_in_spec, within_blast_radius
 from reconciler.planner.model import Part, decide
 from reconciler.planner.seen import Seen
 from reconciler.planner.views import observation_notes, replica_view
-from reconciler.routes import render_gateway
+from reconciler.routes import key_in_use, render_gateway
 from reconciler.spec import Fleet
-from reconciler.state import JobKey, Memory, Observation, Pause, Target
+from reconciler.state import (
+    JobKey,
+    Keyring,
+    Memory,
+    Observation,
+    Pause,
+    Phase,
+    Target,
+    Trust,
+)
 
 __all__ = ["plan"]
 
@@ -91,7 +100,23 @@ def _gaps(observation: Observation, memory: Memory) -> tuple[Note, ...]:
                 until=memory.emptied_at + CONFIRM_S,
             ),
         )
-    return ()
+    return _key_gaps(observation)
+
+
+def _key_gaps(observation: Observation) -> tuple[Note, ...]:
+    """Return a note if the keys can't be read, or are not there although jobs were given some.
+
+    No replica can be asked or routed to without them, and none may be made in their place.
+    """
+    why, keyring = observation.keyring_error, observation.keyring
+    if keyring is not None:
+        protected = [job for job in observation.jobs or () if job.comment and job.comment.keys]
+        live = [job for job in protected if job.phase is not Phase.ENDED]
+        if keyring.ids or not live:
+            return ()
+        why = f"job {live[0].id} has keys, and secret_dir holds none (is it mounted?)"
+    text = f"{why}; nothing is submitted or ended, and routes stay"
+    return (Note(kind=NoteKind.NO_KEYS, subject="secrets", text=text),)
 
 
 def _empty_plan(fleet: Fleet, observation: Observation, notes: tuple[Note, ...]) -> Plan:
@@ -157,6 +182,7 @@ def _targets(seen: Seen, leaving: Mapping[JobKey, Reason]) -> list[Target]:
                     job_id=job.id,
                     submitted_at=job.submitted_at,
                     address=job.run.address,
+                    keys=job.comment.keys if job.comment is not None else (),
                 )
             )
         elif status is Status.UNKNOWN and job.id in routed:
@@ -169,7 +195,8 @@ def _targets(seen: Seen, leaving: Mapping[JobKey, Reason]) -> list[Target]:
 
 def _route(fleet: Fleet, seen: Seen, targets: list[Target]) -> tuple[list[Action], list[Note]]:
     """Return the change for every gateway that runs something else; notes for the unreachable."""
-    wanted = render_gateway(fleet, targets).generation
+    trust, targets = _trusted(seen, targets)
+    wanted = render_gateway(fleet, targets, trust).generation
     views = seen.observation.gateways
     notes = [
         Note(kind=NoteKind.GATEWAY, subject=view.name, text=view.error)
@@ -188,5 +215,16 @@ def _route(fleet: Fleet, seen: Seen, targets: list[Target]) -> tuple[list[Action
             targets=tuple(sorted(targets)),
             added=tuple(sorted(after - before)),
             removed=tuple(sorted(before - after)),
+            trust=trust,
         )
     ], notes
+
+
+def _trusted(seen: Seen, targets: list[Target]) -> tuple[Trust | None, list[Target]]:
+    """Return what the gateways show to protected targets, and the targets that take it."""
+    keyring = seen.observation.keyring or Keyring()
+    key = key_in_use(keyring.ids, targets)
+    if key is None:
+        return None, [target for target in targets if not target.keys]
+    taking = [target for target in targets if not target.keys or key in target.keys]
+    return Trust(key=key, authority=keyring.authority), taking

@@ -99,10 +99,12 @@ class _Case:
         return self.seen.fleet.defaults.rollout.max_unavailable
 
     def is_current(self, job: Job) -> bool:
-        return job.name.revision == self.revision
+        return job.name.revision == self.revision and self.seen.keys_differ(job) is None
 
     def is_fallback(self, job: Job) -> bool:
-        return self.fallback is not None and job.name.revision == self.fallback.revision
+        if self.fallback is None or self.seen.keys_differ(job) is not None:
+            return False
+        return job.name.revision == self.fallback.revision
 
     def is_expiring(self, job: Job) -> bool:
         return job.key in self.expiring
@@ -131,7 +133,9 @@ def _canarys(canary: Model, jobs: Sequence[Job], seen: Seen) -> list[Job]:
     are stale replicas of the model, which leave when others serve in their place. One of which
     nothing is known holds its place first, as it is never touched.
     """
-    expiring = seen.due(canary, jobs)
+    # Nor may what succeeds one whose keys differ be taken for a replica too many.
+    differing = frozenset(job.key for job in jobs if seen.keys_differ(job) is not None)
+    expiring = seen.due(canary, jobs) | differing
     best = sorted(jobs, key=lambda job: (not seen.is_unknown(job), -progress(job, seen), job.name))
     lasting = [job for job in best if job.key not in expiring]
     leaving = [job for job in best if job.key in expiring]
@@ -170,7 +174,16 @@ def _decide(case: _Case) -> Part:
     staying = [job for job in case.jobs if job.key not in gone and serves(job, case.seen)]
     submits, notes = _missing(case, staying)
     notes += tuple(_expiring_note(case, job) for job in staying if case.is_expiring(job))
+    notes += tuple(_keys_notes(case, staying))
     return Part(leaving=tuple(leaving), submits=submits, notes=notes)
+
+
+def _keys_notes(case: _Case, staying: Iterable[Job]) -> Iterator[Note]:
+    for job in staying:
+        why = case.seen.keys_differ(job)
+        if why is not None:
+            text = f"{why}: it leaves when others serve in its place"
+            yield Note(kind=NoteKind.ROLLING, subject=str(job.name), text=text)
 
 
 def _expiring_note(case: _Case, job: Job) -> Note:
@@ -327,7 +340,7 @@ def _missing_fallback(
     if case.fallback is None:
         return (), ()
     lasting = [job for job in staying if not case.is_expiring(job)]
-    old = [job for job in lasting if not case.is_current(job)]
+    old = [job for job in lasting if not case.is_current(job) and not case.seen.keys_differ(job)]
     ready = case.ready(job for job in lasting if case.is_current(job))
     # What is tried meanwhile serves nobody yet, and takes its place all the same.
     most = case.model.replicas + case.seen.fleet.defaults.rollout.max_surge

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from reconciler.failures import quarantined
 from reconciler.plan import Status
 from reconciler.rollover import MARGIN_S, due, last_moment
-from reconciler.spec import Fleet, Model
+from reconciler.spec import Access, Fleet, Model
 from reconciler.state import (
     DrainClock,
     Health,
@@ -56,7 +56,10 @@ class Seen:
         self.models = {model.name: model for model in fleet.models}
         digests = observation.image_digests
         self.variants = {
-            model.name: tuple((variant, _revision(variant, digests)) for variant in model.variants)
+            model.name: tuple(
+                (variant, _revision(variant, digests, fleet.replica_access))
+                for variant in model.variants
+            )
             for model in fleet.models
         }
         self._jobs_of: dict[str, list[Job]] = {}
@@ -103,6 +106,16 @@ class Seen:
         failures = self.memory.failures.get(f"{model.name}.{revision}")
         failing = failures is not None and failures.count > 0
         return kept if failing and kept is not None and kept.revision != revision else None
+
+    def keys_differ(self, job: Job) -> str | None:
+        """Return why a job's keys make it stale although its revision is wanted, None if not."""
+        if job.comment is None or self.observation.keyring is None:
+            return None
+        keys = job.comment.keys
+        if self.fleet.replica_access == "protected" and not keys:
+            return "it takes requests without a key"
+        revoked = [key for key in keys if key not in self.observation.keyring.ids]
+        return f"it takes the revoked key {revoked[0]}" if revoked else None
 
     def must_go(self, model: Model, job: Job) -> bool:
         """Whether only the drain is left of its walltime."""
@@ -204,7 +217,7 @@ def progress(job: Job, seen: Seen) -> int:
     return order.index(status) if status in order else 0
 
 
-def _revision(model: Model, digests: Mapping[str, str]) -> str | None:
+def _revision(model: Model, digests: Mapping[str, str], access: Access) -> str | None:
     """Return the revision that is wanted of a model, None while its image can't be read."""
     digest = digests.get(model.image)
-    return None if digest is None else model.revision(digest)
+    return None if digest is None else model.revision(digest, access)

@@ -104,7 +104,8 @@ def replica_view(job: Job, seen: Seen, leaving: Mapping[JobKey, Reason]) -> Repl
         status = Status.LEAVING
     # While its image can't be read a model's revision is unknown: nothing counts as another one.
     wanted = {revision for _, revision in seen.variants.get(job.name.model, ())}
-    current = None in wanted or job.name.revision in wanted
+    differs = seen.keys_differ(job)
+    current = None in wanted or (job.name.revision in wanted and differs is None)
     return ReplicaView(
         name=job.name,
         job_id=job.id,
@@ -115,5 +116,5 @@ def replica_view(job: Job, seen: Seen, leaving: Mapping[JobKey, Reason]) -> Repl
         address=job.run.address if job.run else "",
         since=job.submitted_at,
         ends_at=job.ends_at,
-        detail=leaving[job.key] if job.key in leaving else _detail(job, seen),
+        detail=leaving[job.key] if job.key in leaving else _detail(job, seen) or differs or "",
     )

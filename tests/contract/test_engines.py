@@ -11,6 +11,7 @@ import pytest
 
 from reconciler.adapters import engine
 from reconciler.adapters.engine import HttpEngines, parse_metrics
+from reconciler.adapters.secrets import FileSecrets
 from reconciler.naming import Comment, ReplicaName, Run
 from reconciler.state import Health, Job, Probe
 from tests.lab import Lab
@@ -19,6 +20,7 @@ from tests.lab.wait import wait_for
 
 STANDIN = "/opt/modelfleet/src/tests/lab/standin.py"
 PORT = 20500
+NO_SECRETS = FileSecrets(None, "probe")
 
 
 def _job(address: str, job_id: int = 7) -> Job:
@@ -38,7 +40,7 @@ def _job(address: str, job_id: int = 7) -> Job:
 
 
 def _probe(job: Job) -> Probe:
-    return HttpEngines().probe([job], ())[job.key]
+    return HttpEngines(NO_SECRETS).probe([job], ())[job.key]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,7 @@ def test_R11_fifty_hung_endpoints_are_all_silent() -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=100) as hung:
         address = f"127.0.0.1:{hung.getsockname()[1]}"
         jobs = [_job(address, job_id) for job_id in range(50)]
-        probes = HttpEngines().probe(jobs, ())
+        probes = HttpEngines(NO_SECRETS).probe(jobs, ())
     assert {probe.health for probe in probes.values()} == {Health.SILENT}
     assert len(probes) == 50
 
@@ -97,7 +99,7 @@ def test_R11_fifty_hung_endpoints_are_all_silent() -> None:
 def test_R11_five_hundred_replicas_that_answer_are_all_ready(replica: Job) -> None:
     """Nobody's clock runs while others are asked: a large fleet is not taken for a silent one."""
     jobs = [replace(replica, submitted_at=at) for at in range(500)]
-    probes = HttpEngines().probe(jobs, [job.key for job in jobs])
+    probes = HttpEngines(NO_SECRETS).probe(jobs, [job.key for job in jobs])
     assert {(probe.health, probe.detail) for probe in probes.values()} == {(Health.READY, "")}
     assert len(probes) == 500
 
@@ -118,7 +120,7 @@ def test_R11_no_more_replicas_are_asked_at_once_than_can_be_read(
 
     monkeypatch.setattr(engine, "_probe", probe)
     jobs = [_job("127.0.0.1:1", job_id) for job_id in range(1000)]
-    assert len(HttpEngines().probe(jobs, ())) == 1000
+    assert len(HttpEngines(NO_SECRETS).probe(jobs, ())) == 1000
     assert most == engine._AT_ONCE
 
 

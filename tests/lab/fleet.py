@@ -55,9 +55,11 @@ class Fleet:
         shutil.copytree(CHECKOUT / "specs" / SPECS[engine], folder)
         self.spec_file = folder / "fleet.yaml"
         self.edit("fleet: demo", f"fleet: {name}")
-        logs = lab.shared / "logs"
-        logs.mkdir(exist_ok=True)
-        shutil.chown(logs, _USER, _USER)
+        for part, mode in (("logs", 0o755), ("secrets", 0o700)):
+            made = lab.shared / part
+            made.mkdir(exist_ok=True)
+            made.chmod(mode)
+            shutil.chown(made, _USER, _USER)
 
     @property
     def url(self) -> str:

@@ -10,7 +10,7 @@ from reconciler.routes import render_gateway
 from reconciler.spec import Fleet
 from reconciler.state import GatewayView, Health, Job, Memory, Observation, Phase, Probe
 from tests.property.worlds import World
-from tests.unit.build import DIGEST
+from tests.unit.build import DIGEST, KEYS, RING
 
 _STEP_S = 30.0
 _WALLTIME_S = 4 * 3600
@@ -55,6 +55,7 @@ class Perfect:
             },
             gateways=self.gateways,
             image_digests=_DIGESTS,
+            keyring=RING,
         )
 
     def serving(self) -> set[ReplicaName]:
@@ -103,6 +104,7 @@ class Perfect:
                     run=None,
                     succeeds=action.succeeds,
                     protect=model.protect,
+                    keys=KEYS,
                 ),
             )
         )
@@ -122,7 +124,7 @@ class Perfect:
         """The job as a perfect world has it next: running, published, ready."""
         model = self.fleet.model(job.name.model)
         comment = job.comment or Comment(
-            gpus=model.resources.gpus_total if model else 1, commit=None, run=None
+            gpus=model.resources.gpus_total if model else 1, commit=None, run=None, keys=KEYS
         )
         run = Run(
             node="node1",

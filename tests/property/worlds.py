@@ -10,7 +10,6 @@ from reconciler.hostlist import expand
 from reconciler.naming import Comment, ReplicaName, Run
 from reconciler.plan import Plan
 from reconciler.planner import plan
-from reconciler.routes import render_gateway
 from reconciler.spec import Fleet, impossibilities
 from reconciler.state import (
     PHASES,
@@ -29,7 +28,7 @@ from reconciler.state import (
     Progress,
     Target,
 )
-from tests.unit.build import AT, DIGEST, OLD, fleet, model_record
+from tests.unit.build import AT, DIGEST, KEYS, OLD, RING, fleet, model_record, rendered
 
 NAMES = ("alpha", "beta", "gamma")
 GONE = "gone"  # a model that no spec has
@@ -38,6 +37,8 @@ NODES = ("node1", "node2", "node3")
 WIDE = ("node[1-2]", "node[1,3]")
 # Words that no release of Slurm has had, and the adapter's own.
 UNKNOWN_STATES = ("HIBERNATED", "", "running", "UNREADABLE")
+# What jobs take: all there are, fewer or one that was revoked, or that none is needed.
+_KEYS = (KEYS, KEYS, KEYS, KEYS[:1], (), ("cccccccc", *KEYS), ("cccccccc",))
 STATES = (*PHASES, *UNKNOWN_STATES)
 _AT = int(AT)
 T = TypeVar("T")
@@ -122,7 +123,7 @@ def _model(pick: Pick, name: str, roomy: bool) -> dict[str, Any]:
 def wanted_revision(spec: Fleet, name: str) -> str:
     """The revision of a model as the spec wants it, if its image can be read."""
     model = spec.model(name)
-    return OLD if model is None else model.revision(DIGEST)
+    return OLD if model is None else model.revision(DIGEST, spec.replica_access)
 
 
 def _job(pick: Pick, spec: Fleet, id: int) -> Job:
@@ -169,6 +170,7 @@ def _comment(pick: Pick, id: int, node: str, well: bool) -> Comment:
         run=run if well else pick(run, None),
         succeeds=pick(None, None, (1, _AT - 90), (2, _AT)),
         protect=pick(False, True),
+        keys=pick(*_KEYS),
     )
 
 
@@ -189,6 +191,7 @@ def target(job: Job) -> Target:
         job_id=job.id,
         submitted_at=job.submitted_at,
         address=run.address if run else "10.9.9.9:1",
+        keys=job.comment.keys if job.comment else KEYS,
     )
 
 
@@ -201,7 +204,7 @@ def _view(pick: Pick, spec: Fleet, name: str, seen: Sequence[Job]) -> GatewayVie
         return GatewayView(name=name, error="no answer")
     possible = [*map(target, seen), _GHOST]
     targets = tuple(sorted(one for one in possible if pick(True, False)))
-    generation = render_gateway(spec, targets).generation
+    generation = rendered(spec, targets).generation
     return GatewayView(
         name=name,
         generation=pick(generation, generation, "outdated", None),
@@ -265,6 +268,7 @@ def worlds(draw: st.DrawFn, *, roomy: bool = False) -> World:
         gateways=tuple(_view(pick, spec, host.name, seen) for host in spec.gateway.hosts),
         image_digests=dict.fromkeys(readable, DIGEST),
         image_errors=dict.fromkeys(set(IMAGES) - set(readable), "no manifest"),
+        keyring=RING,
     )
     return World(
         fleet=spec,

@@ -9,6 +9,7 @@
      "maintenances": ["+6h"],       when they begin; only asked if a job waits for one
      "gateways": [GATEWAY, ...],    by default each host of the spec, with the default routes
      "image_errors": {"engine": "why its digest is not known"},
+     "keys": ["aaaaaaaa", "bbbbbbbb"],   that there are; or "keys_error": "why that is not known"
      "memory": MEMORY,              of the cycle before; by default nothing
      "allow_destroy": ["model"],
      "pauses": [{"model": "chat", "reason": "why", "by": "who", "until": "+2h"}]}
@@ -20,6 +21,7 @@
           "published": true,        the job has written its address ("run_node": on another node)
           "ready": "-50m",          null: not ready by its own word yet
           "trap_ready": true, "draining": false, "succeeds": 10, "protect": false,
+          "keys": ["aaaaaaaa", "bbbbbbbb"],   that it takes
           "comment": "unreadable",  a vandal was there
           "probe": "ready"}         or {"health": "ready", "ongoing": 3, "tokens": 5, "detail": ""}
 
@@ -53,7 +55,6 @@ from reconciler.naming import Comment, ReplicaName, Run
 from reconciler.plan import Plan, to_json
 from reconciler.planner import plan
 from reconciler.render import plan_text
-from reconciler.routes import render_gateway
 from reconciler.spec import Fleet, load_fleet
 from reconciler.state import (
     Cause,
@@ -64,6 +65,7 @@ from reconciler.state import (
     Health,
     Job,
     JobKey,
+    Keyring,
     Memory,
     Observation,
     Pause,
@@ -72,6 +74,7 @@ from reconciler.state import (
     Recipe,
     Target,
 )
+from tests.unit.build import KEYS, RING, rendered
 
 FOLDER = Path(__file__).parent
 AT = datetime(2026, 3, 1, 12, tzinfo=UTC).timestamp()
@@ -122,7 +125,7 @@ def load(folder: Path) -> Scenario:
         record,
         *("about", "jobs", "jobs_error", "odd_lines", "nodes", "gateways", "image_errors"),
         "maintenances",
-        *("memory", "allow_destroy", "pauses"),
+        *("memory", "allow_destroy", "pauses", "keys", "keys_error"),
     )
     memory = record.get("memory", {})
     kept = {name: _recipe(fleet, name, args) for name, args in memory.get("kept", {}).items()}
@@ -150,11 +153,18 @@ def load(folder: Path) -> Scenario:
             gateways=_gateways(fleet, jobs, record.get("gateways")),
             image_digests={name: DIGEST for name in fleet.images if name not in errors},
             image_errors=errors,
+            keyring=None if "keys_error" in record else _keyring(record),
+            keyring_error=record.get("keys_error"),
         ),
         memory=replace(_memory(fleet, jobs, memory), kept=kept),
         allow_destroy=frozenset(record.get("allow_destroy", ())),
         pauses=tuple(_pause(one) for one in record.get("pauses", ())),
     )
+
+
+def _keyring(record: Record) -> Keyring:
+    ids = tuple(record.get("keys", KEYS))
+    return replace(RING, ids=ids) if ids else Keyring()
 
 
 def known(record: Record, *keys: str) -> None:
@@ -212,6 +222,7 @@ def _job(
         *("id", "model", "ordinal", "revision", "state", "reason", "node", "gpus", "exit_status"),
         *("submitted", "limit", "started", "ends", "restarts", "published", "run_node", "ready"),
         *("trap_ready", "draining", "succeeds", "protect", "comment", "probe"),
+        "keys",
     )
     model = record.get("model", "chat")
     words = {"current": _revision(fleet, model), "old": OLD}
@@ -266,6 +277,7 @@ def _comment(fleet: Fleet, record: Record, submitted: Mapping[int, int]) -> Comm
         run=run if published else None,
         succeeds=None if succeeds is None else (succeeds, submitted.get(succeeds, _GONE_SINCE)),
         protect=record.get("protect", False),
+        keys=tuple(record.get("keys", KEYS)),
     )
 
 
@@ -299,7 +311,7 @@ def _gateway(fleet: Fleet, jobs: tuple[Job, ...], record: Record) -> GatewayView
         _gone(route) if isinstance(route, dict) else _target(by_id[route])
         for route in record.get("routes", ready)
     ]
-    files = render_gateway(fleet, targets)
+    files = rendered(fleet, targets)
     return GatewayView(
         name=record["name"],
         generation="outdated" if record.get("outdated") else files.generation,
@@ -312,7 +324,11 @@ def _target(job: Job) -> Target:
     run = job.comment.run if job.comment else None
     address = run.address if run else f"10.0.0.{job.id}:20000"
     return Target(
-        model=job.name.model, job_id=job.id, submitted_at=job.submitted_at, address=address
+        model=job.name.model,
+        job_id=job.id,
+        submitted_at=job.submitted_at,
+        address=address,
+        keys=job.comment.keys if job.comment else KEYS,
     )
 
 
@@ -323,6 +339,7 @@ def _gone(record: Record) -> Target:
         job_id=record["id"],
         submitted_at=_GONE_SINCE,
         address=f"10.0.0.{record['id']}:20000",
+        keys=KEYS,
     )
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import TypeVar
 
+from reconciler.adapters.secrets import FEWEST_KEYS, MOST_KEYS
+from reconciler.naming import parse_comment
 from tests.simulation.cluster import FLEET, USER, SimJob
 from tests.simulation.gateways import SimGateway
 from tests.simulation.specs import BAD, CANARY, NAMES, Spec, Wanted
@@ -315,7 +317,34 @@ def _image_rebuilt(world: SimWorld, pick: int, _amount: int) -> bool:
     return True
 
 
+def _secrets_gone(world: SimWorld, _pick: int, amount: int) -> bool:
+    world.secrets_gone_until = world.timeline.now + 1.0 + amount / 2
+    return True
+
+
 # -- people
+
+
+def _key_rotated(world: SimWorld, _spec: Spec, _pick: int, _amount: int) -> bool:
+    ids = world.secrets.ids
+    if not ids or len(ids) >= MOST_KEYS:
+        return False
+    world.secrets.add_key()
+    return True
+
+
+def _key_revoked(world: SimWorld, _spec: Spec, pick: int, _amount: int) -> bool:
+    """Remove a key, unless `fleet backend-key revoke` would refuse."""
+    ids = world.secrets.ids
+    key = _picked(ids, pick)
+    if key is None or len(ids) <= FEWEST_KEYS:
+        return False
+    for job in (job for job in world.cluster.ours if job.state not in ("PENDING", "COMPLETING")):
+        said, given = parse_comment(job.comment), parse_comment(job.base)
+        if said is None or given is None or not set(given.keys) & set(ids) - {key}:
+            return False
+    world.secrets.remove_key(key)
+    return True
 
 
 def _edit(change: Callable[[Wanted, int], None]) -> Edit:
@@ -442,6 +471,7 @@ STRIKES: dict[str, World] = {
     "disk_full": _disk_full,
     "image_missing": _image_missing,
     "image_rebuilt": _image_rebuilt,
+    "secrets_gone": _secrets_gone,
 }
 EDITS: dict[str, Edit] = {
     "edit_replicas": _edit(_replicas),
@@ -456,6 +486,8 @@ EDITS: dict[str, Edit] = {
     "edit_gpus": _edit(_gpus),
     "edit_adds_model": _model_added,
     "edit_removes_model": _model_removed,
+    "key_rotated": _key_rotated,
+    "key_revoked": _key_revoked,
 }
 KINDS: Sequence[str] = (*ARMED, *STRIKES, *EDITS, "crash")
 

@@ -1,10 +1,11 @@
 """Simulated NGINX hosts: what gateway.sh and NGINX do with a change, and the requests they pass."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from reconciler.errors import GatewayFailed
-from reconciler.routes import GatewayFiles, parse_targets
+from reconciler.routes import KEY_FILE, GatewayFiles, parse_targets
 from reconciler.state import GatewayView, JobKey, Target
 from tests.simulation.timeline import Timeline
 
@@ -19,6 +20,7 @@ class Configuration:
 
     generation: str
     targets: tuple[Target, ...]
+    key: str | None = None  # that it shows to protected replicas
 
 
 @dataclass(slots=True)
@@ -70,8 +72,12 @@ class SimGateway:
     def swap(self, files: GatewayFiles) -> Configuration | None:
         """Make a tested configuration current, not yet running. Returns what was current."""
         before = self.linked
-        generation, targets = parse_targets(files.files["targets.json"])
-        self.linked = Configuration(generation, targets)
+        text = files.files["targets.json"]
+        generation, targets = parse_targets(text)
+        trust = json.loads(text)["trust"]
+        if trust is not None and f"secret of {trust['key']}" not in files.secrets[KEY_FILE]:
+            raise GatewayFailed(f"gateway {self.name}: nginx: no such file {KEY_FILE}")
+        self.linked = Configuration(generation, targets, trust and trust["key"])
         return before
 
     def reload(self, *, uploads_s: float, streams_s: float) -> None:

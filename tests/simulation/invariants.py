@@ -154,10 +154,12 @@ class Invariants(Watch):
         notes = self._plan.notes if self._plan is not None else ()
         if any(note.kind is NoteKind.GUARD and note.subject == model_name for note in notes):
             return  # those that are too many wait for somebody's word
-        expiring = {note.subject for note in notes if note.kind is NoteKind.EXPIRING}
         # A canary is wanted beside its model, however many of that there still are.
         canaries = self._canaries(model)
         canary = new.name.split(".")[2] in canaries
+        # What is to be succeeded; of a canary also for its keys (a model has its surge for that).
+        kinds = {NoteKind.EXPIRING, NoteKind.ROLLING} if canary else {NoteKind.EXPIRING}
+        expiring = {note.subject for note in notes if note.kind in kinds}
         names = {
             job.name
             for job in self._world.cluster.ours
@@ -282,6 +284,10 @@ class Invariants(Watch):
         """Invariants 1 and 6, when a gateway runs another configuration."""
         old = set(before.targets) if before is not None else set()
         new = set(gateway.running.targets) if gateway.running is not None else set()
+        key = gateway.running.key if gateway.running is not None else None
+        for target in new:
+            if key not in target.keys:
+                self._fail(7, f"{gateway.name} shows {key} to {target}, which does not take it")
         for target in new - old:
             if (target.key, target.address) not in self._proven:
                 self._fail(6, f"{gateway.name} routes to {target}, which has proved nothing")

@@ -21,8 +21,8 @@ from reconciler.naming import parse_comment
 from reconciler.plan import NoteKind, Plan, Status
 from reconciler.planner import plan
 from reconciler.routes import GatewayFiles, render_gateway
-from reconciler.spec import Fleet, Model
-from reconciler.state import Target
+from reconciler.spec import Access, Fleet, Model
+from reconciler.state import Target, Trust
 from tests.simulation import faults
 from tests.simulation.cluster import Cluster, SimJob
 from tests.simulation.faults import Event
@@ -224,7 +224,7 @@ class Simulation:
         """End every fault that lasts. What was broken by then stays for the reconciler to mend."""
         world, cluster = self.world, self.world.cluster
         now = self.timeline.now
-        world.cut_until = world.disk_full_until = now
+        world.cut_until = world.disk_full_until = world.secrets_gone_until = now
         world.armed.clear()
         world.set_clock(0.0)
         world.image_missing_until = dict.fromkeys(world.image_missing_until, now)
@@ -408,8 +408,8 @@ def harness(simulation: Simulation) -> Iterator[None]:
     The reconciler's code runs as it is: only rendering, hashing and parsing, which would take
     most of a cycle and are pure, are not done again for the same arguments.
     """
-    rendered: dict[tuple[int, tuple[Target, ...]], GatewayFiles] = {}
-    revisions: dict[tuple[int, str], str] = {}
+    rendered: dict[tuple[int, tuple[Target, ...], Trust | None], GatewayFiles] = {}
+    revisions: dict[tuple[int, str, Access], str] = {}
     kept: list[object] = []  # an id is one object's only while that lives
     plain_revision = Model.revision
 
@@ -418,18 +418,18 @@ def harness(simulation: Simulation) -> Iterator[None]:
         simulation.planned(decided)
         return decided
 
-    def render(fleet: Fleet, targets: Iterable[Target]) -> GatewayFiles:
-        key = (id(fleet), tuple(sorted(targets)))
+    def render(fleet: Fleet, targets: Iterable[Target], trust: Trust | None = None) -> GatewayFiles:
+        key = (id(fleet), tuple(sorted(targets)), trust)
         if key not in rendered:
             kept.append(fleet)
-            rendered[key] = render_gateway(fleet, key[1])
+            rendered[key] = render_gateway(fleet, key[1], trust)
         return rendered[key]
 
-    def revision(model: Model, image_digest: str) -> str:
-        key = (id(model), image_digest)
+    def revision(model: Model, image_digest: str, access: Access = "protected") -> str:
+        key = (id(model), image_digest, access)
         if key not in revisions:
             kept.append(model)
-            revisions[key] = plain_revision(model, image_digest)
+            revisions[key] = plain_revision(model, image_digest, access)
         return revisions[key]
 
     with (

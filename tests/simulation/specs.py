@@ -81,6 +81,7 @@ class Spec:
                 "drain_timeout_s": 120,
                 "rollout": self.rollout,
             },
+            "secret_dir": "/shared/secrets",
             "models": [_model(name, wanted) for name, wanted in self.models.items()],
         }
 

@@ -15,6 +15,7 @@ from reconciler.adapters.ports import ImagePin, Listing, Result
 from reconciler.batch import slurm_time
 from reconciler.errors import (
     GatewayFailed,
+    SecretsFailed,
     SlurmUnavailable,
     StateFailed,
     SubmitRejected,
@@ -25,9 +26,20 @@ from reconciler.observe import World
 from reconciler.plan import Action, JobRef
 from reconciler.routes import GatewayFiles
 from reconciler.spec import Fleet
-from reconciler.state import GatewayView, Health, Job, JobKey, Memory, Probe
+from reconciler.state import (
+    Credentials,
+    GatewayView,
+    Health,
+    Job,
+    JobKey,
+    Keyring,
+    Memory,
+    Probe,
+    Trust,
+)
 from tests.simulation.cluster import USER, Cluster, Engine, SimJob
 from tests.simulation.gateways import Configuration, SimGateway
+from tests.simulation.secrets import MemorySecrets
 from tests.simulation.timeline import START, Timeline
 
 # munge's credentials are refused if they seem older, or newer, than that: seen on 24.11.
@@ -104,6 +116,8 @@ class SimWorld:
         self.images = {"one": 1, "two": 1}
         self.image_missing_until = {"one": 0.0, "two": 0.0}
         self.disk_full_until = 0.0
+        self.secrets = MemorySecrets()
+        self.secrets_gone_until = 0.0
         self.memory = Memory()  # as the disk has it
         self.unsaved: Memory | None = None  # as the reconciler's process has it, if that differs
         self.memory_aged_at = 0.0  # when a process ended with what it could not save
@@ -117,6 +131,7 @@ class SimWorld:
             engines=SimEngines(self),
             gateways=SimGateways(self),
             images=SimImages(self),
+            secrets=SimSecrets(self),
             store=SimStore(self),
             booted_at=lambda: START - BOOTED_BEFORE_S + self.clock_offset_s,
             at_once=1,  # one order of things, so that a seed is one run
@@ -456,6 +471,28 @@ class SimImages:
                     pins[name] = ImagePin(program=f"/opt/{name}", digest=digest)
             world.cycle.digests = {name: pin.digest for name, pin in pins.items()}
             return pins, errors
+
+
+@dataclass(frozen=True, slots=True)
+class SimSecrets:
+    """The secrets' adapter; their filesystem may be gone for a while."""
+
+    world: SimWorld
+
+    def keyring(self) -> Keyring:
+        return self._secrets.keyring()
+
+    def issue(self, model: str, walltime_s: float) -> Credentials:
+        return self._secrets.issue(model, walltime_s)
+
+    def gateway_files(self, trust: Trust) -> Mapping[str, str]:
+        return self._secrets.gateway_files(trust)
+
+    @property
+    def _secrets(self) -> MemorySecrets:
+        if self.world.timeline.now < self.world.secrets_gone_until:
+            raise SecretsFailed("/shared/secrets: Stale file handle")
+        return self.world.secrets
 
 
 @dataclass(frozen=True, slots=True)

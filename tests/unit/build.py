@@ -1,27 +1,31 @@
 """Small makers of specs and observations: each names only what its test is about."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from reconciler.naming import Comment, ReplicaName, Run
 from reconciler.plan import Cancel, Drain, Note, NoteKind, Plan, Route, Submit
-from reconciler.routes import render_gateway
+from reconciler.routes import GatewayFiles, key_in_use, render_gateway
 from reconciler.spec import Fleet, Model
 from reconciler.state import (
     GatewayView,
     Health,
     Job,
     JobKey,
+    Keyring,
     Memory,
     Observation,
     Probe,
     Target,
+    Trust,
 )
 
 AT = 1_000_000.0
 DIGEST = "path:/opt/engine"
 OLD = "0" * 8
+KEYS = ("aaaaaaaa", "bbbbbbbb")
+RING = Keyring(ids=KEYS, authority="0123456789ab")
 
 
 def spec_record(*models: Mapping[str, Any], **keys: Any) -> dict[str, Any]:
@@ -34,6 +38,7 @@ def spec_record(*models: Mapping[str, Any], **keys: Any) -> dict[str, Any]:
         "images": {"engine": {"runtime": "none", "path": "/opt/engine"}},
         "gateway": {"hosts": [{"name": "gateway"}]},
         "defaults": {"startup_timeout_s": 600, "drain_timeout_s": 60},
+        "secret_dir": "/shared/secrets",
         "models": list(models) or [model_record()],
         **keys,
     }
@@ -65,7 +70,7 @@ def revision(wanted: Fleet, name: str = "tiny") -> str:
     """The revision of a model as the fleet wants it."""
     found = wanted.model(name)
     assert found is not None
-    return found.revision(DIGEST)
+    return found.revision(DIGEST, wanted.replica_access)
 
 
 def job(
@@ -90,6 +95,7 @@ def job(
     draining: bool = False,
     vandalised: bool = False,
     gpus: int = 1,
+    keys: tuple[str, ...] = KEYS,
 ) -> Job:
     """A job of revision `of`: running, with its address published, unless told otherwise."""
     run = Run(
@@ -101,7 +107,8 @@ def job(
         draining=draining,
     )
     waiting = state == "PENDING"
-    comment = Comment(gpus=gpus, commit=None, run=run if published and not waiting else None)
+    told = run if published and not waiting else None
+    comment = Comment(gpus=gpus, commit=None, run=told, keys=keys)
     return Job(
         id=id,
         submitted_at=submitted_at,
@@ -123,7 +130,20 @@ def target(of: Job) -> Target:
         job_id=of.id,
         submitted_at=of.submitted_at,
         address=f"10.0.0.{of.id}:20000",
+        keys=of.comment.keys if of.comment else KEYS,
     )
+
+
+def trusted(targets: Iterable[Target], ring: Keyring = RING) -> Trust | None:
+    """What a gateway shows to these targets."""
+    key = key_in_use(ring.ids, targets)
+    return None if key is None else Trust(key=key, authority=ring.authority)
+
+
+def rendered(wanted: Fleet, targets: Iterable[Target], ring: Keyring = RING) -> GatewayFiles:
+    """What a gateway that routes to these targets runs."""
+    ordered = tuple(targets)
+    return render_gateway(wanted, ordered, trusted(ordered, ring))
 
 
 def view(
@@ -137,7 +157,7 @@ def view(
     if error is not None:
         return GatewayView(name=name, error=error)
     targets = tuple(sorted(map(target, routed)))
-    generation = render_gateway(wanted, targets).generation
+    generation = rendered(wanted, targets).generation
     return GatewayView(name=name, generation=generation, targets=targets, old_workers=old_workers)
 
 
@@ -162,6 +182,7 @@ def observation(
         "probes": probes,
         "gateways": tuple(gateways),
         "image_digests": {"engine": DIGEST} if digests is None else digests,
+        "keyring": RING,
         **keys,
     }
     return Observation(**record)

@@ -214,6 +214,7 @@ version: 1
 fleet: demo
 slurm: {partition: gpu, log_dir: /shared/logs}
 budget: {gpus: 4}
+secret_dir: /shared/secrets
 gateway: {hosts: [{name: gateway}]}
 images:
   engine: {runtime: none, path: /opt/engine}
@@ -247,9 +248,9 @@ def test_wrong_argument_fails_validate_at_its_place(tmp_path: Path) -> None:
     result = validate(tmp_path, version(VERSION), wrong)
     assert result.exit_code == 1
     assert result.stderr.replace(str(tmp_path), "").splitlines() == [
-        "/fleet.yaml:14:21: vllm 0.32.0 has no argument"
+        "/fleet.yaml:15:21: vllm 0.32.0 has no argument"
         ' "enforce-eagr"; did you mean "enforce-eager"?',
-        '/fleet.yaml:14:55: "eplb-config" has no key "windowsize"; did you mean "window_size"?',
+        '/fleet.yaml:15:55: "eplb-config" has no key "windowsize"; did you mean "window_size"?',
     ]
 
 
@@ -270,9 +271,9 @@ def test_unchecked_arguments_are_a_warning_and_exit_0(
     edits = (("args: {}", "args: {zzz: 1}"), *edits)
     result = validate(tmp_path, *edits)
     assert result.exit_code == 0
-    assert result.stderr == f"{tmp_path}/fleet.yaml:7:{column}: warning: {why}\n"
+    assert result.stderr == f"{tmp_path}/fleet.yaml:8:{column}: warning: {why}\n"
     record = json.loads(validate(tmp_path, *edits, as_json=True).stdout)
-    place = {"file": f"{tmp_path}/fleet.yaml", "line": 7, "column": column}
+    place = {"file": f"{tmp_path}/fleet.yaml", "line": 8, "column": column}
     assert record == {"problems": [], "warnings": [{**place, "message": why}]}
 
 

@@ -17,11 +17,12 @@ from reconciler.batch import batch_script, engine_argument, read_recipe
 from reconciler.naming import ReplicaName, parse_comment
 from reconciler.plan import Reason, Submit
 from reconciler.spec import Fleet
-from reconciler.state import Recipe
-from tests.unit.build import fleet, model_record
+from reconciler.state import Credentials, Recipe
+from tests.unit.build import KEYS, fleet, model_record
 
 SIF = {"images": {"engine": {"name": "vllm"}}, "image_dir": "/images"}
 COMMIT = "0123456789ab"
+CREDENTIALS = Credentials(folder="/shared/secrets/demo", keys=KEYS)
 BODY = files("reconciler").joinpath("replica.sh").read_text(encoding="utf-8")
 
 NASTY = [
@@ -38,7 +39,7 @@ def script_of(wanted: Fleet, program: str = "/opt/engine") -> str:
     name = ReplicaName(fleet="demo", model=model.name, revision="0123abcd", ordinal=3)
     submit = Submit(name=name, gpus=model.resources.gpus_total, reason=Reason.MISSING)
     recipe = Recipe.of(wanted, model, digest="sha", program=program, commit=COMMIT)
-    return batch_script(recipe, submit)
+    return batch_script(recipe, submit, CREDENTIALS)
 
 
 def script(program: str = "/opt/engine", top: dict[str, Any] | None = None, **keys: Any) -> str:
@@ -95,13 +96,13 @@ GOLDEN = """\
 #SBATCH --gres=gpu:1
 #SBATCH --dependency=singleton
 #SBATCH --comment='{"v":1,"fleet":"demo","model":"tiny","revision":"0123abcd",\
-"commit":"0123456789ab","gpus":1}'
+"commit":"0123456789ab","gpus":1,"keys":["aaaaaaaa","bbbbbbbb"]}'
 #SBATCH --output='/shared/logs/%x.%j.log'
 #SBATCH --no-requeue
 # recipe: ...
 
 comment_base='{"v":1,"fleet":"demo","model":"tiny","revision":"0123abcd",\
-"commit":"0123456789ab","gpus":1'
+"commit":"0123456789ab","gpus":1,"keys":["aaaaaaaa","bbbbbbbb"]'
 program=/images/vllm.sif
 weights=/models/tiny
 node_count=1
@@ -112,6 +113,9 @@ launch=(apptainer exec --nv --cleanenv --containall --no-mount home \
 arguments=(serve /models --shutdown-timeout=60 --max-model-len=512 --enforce-eager)
 environment=(VLLM_HTTP_TIMEOUT_KEEP_ALIVE=120 HF_HUB_OFFLINE=1)
 contained=true
+secrets=/shared/secrets/demo
+keys=(aaaaaaaa bbbbbbbb)
+tls_name=tiny.demo.modelfleet.internal
 
 """
 

@@ -18,9 +18,11 @@ from reconciler.plan import Action, Cancel, Drain, JobRef, Reason, Route, Submit
 from reconciler.planner import plan
 from reconciler.render import events_text, explain_text, explanation
 from reconciler.state import Job, Memory
+from tests.simulation.secrets import MemorySecrets
 from tests.unit.build import (
     AT,
     DIGEST,
+    KEYS,
     fleet,
     job,
     model_record,
@@ -93,6 +95,8 @@ def fake_world(monkeypatch: pytest.MonkeyPatch, *jobs: Job, error: str = "") -> 
     engines = SimpleNamespace(probe=lambda *_: observation(*jobs).probes)
     monkeypatch.setattr("reconciler.adapters.slurm_cli.SlurmCli", lambda *_: slurm)
     monkeypatch.setattr("reconciler.adapters.images.ImageFolder", lambda *_: images)
+    secrets = MemorySecrets([*KEYS])
+    monkeypatch.setattr("reconciler.adapters.secrets.FileSecrets", lambda *_: secrets)
     monkeypatch.setattr("reconciler.adapters.nginx.NginxGateways", lambda *_: gateways)
     monkeypatch.setattr("reconciler.adapters.engine.HttpEngines", lambda *_: engines)
 

@@ -21,9 +21,22 @@ from reconciler.execute import DEADLINE_S, execute
 from reconciler.observe import World
 from reconciler.plan import Action, Cancel, Drain, JobRef, Plan, Reason, Route, Submit
 from reconciler.planner import plan
-from reconciler.routes import GatewayFiles, render_gateway
+from reconciler.routes import GatewayFiles
 from reconciler.state import GatewayView, Job, Memory, Recipe
-from tests.unit.build import DIGEST, fleet, job, model_record, observation, revision, target, view
+from tests.simulation.secrets import MemorySecrets
+from tests.unit.build import (
+    DIGEST,
+    KEYS,
+    fleet,
+    job,
+    model_record,
+    observation,
+    rendered,
+    revision,
+    target,
+    trusted,
+    view,
+)
 
 FLEET = fleet(
     model_record(replicas=2),
@@ -61,6 +74,7 @@ class FakeWorld:
             gateways=FakeGateways(self),
             engines=unused,
             images=unused,
+            secrets=MemorySecrets([*KEYS]),
             store=self.journal,
             at_once=self.at_once,
         )
@@ -165,10 +179,11 @@ def to(*jobs: Job) -> Route:
     targets = tuple(sorted(map(target, jobs)))
     return Route(
         gateways=("a", "b"),
-        generation=render_gateway(FLEET, targets).generation,
+        generation=rendered(FLEET, targets).generation,
         targets=targets,
         added=(),
         removed=(),
+        trust=trusted(targets),
     )
 
 

@@ -15,7 +15,17 @@ from reconciler.cli import main
 from reconciler.plan import Action, Cancel, Drain, JobRef, Plan, Reason, Submit, differences
 from reconciler.planner import plan
 from reconciler.state import Memory, Orders
-from tests.unit.build import DIGEST, fleet, job, model_record, observation, revision, spec_record
+from tests.simulation.secrets import MemorySecrets
+from tests.unit.build import (
+    DIGEST,
+    KEYS,
+    fleet,
+    job,
+    model_record,
+    observation,
+    revision,
+    spec_record,
+)
 from tests.unit.test_execute import FakeWorld, to
 
 FLEET = fleet(model_record(replicas=2), gateway={"hosts": [{"name": "a"}, {"name": "b"}]})
@@ -100,6 +110,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeWorld:
     engines: Any = SimpleNamespace(probe=lambda *_: {})
     monkeypatch.setattr("reconciler.adapters.slurm_cli.SlurmCli", lambda *_: fake)
     monkeypatch.setattr("reconciler.adapters.images.ImageFolder", lambda *_: images)
+    secrets = MemorySecrets([*KEYS])
+    monkeypatch.setattr("reconciler.adapters.secrets.FileSecrets", lambda *_: secrets)
     monkeypatch.setattr("reconciler.adapters.nginx.NginxGateways", lambda *_: gateways)
     monkeypatch.setattr("reconciler.adapters.engine.HttpEngines", lambda *_: engines)
     return fake

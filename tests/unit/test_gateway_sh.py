@@ -11,8 +11,8 @@ import pytest
 
 from reconciler.adapters.nginx import NginxGateways
 from reconciler.errors import GatewayFailed
-from reconciler.routes import GatewayFiles, render_gateway
-from tests.unit.build import fleet, job, revision, target
+from reconciler.routes import GatewayFiles
+from tests.unit.build import fleet, job, rendered, revision, target
 
 FLEET = fleet()
 ONE, TWO = job(revision(FLEET), id=1), job(revision(FLEET), id=2, ordinal=1)
@@ -73,7 +73,7 @@ def gateway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gateway:
 
 
 def to(*jobs: object) -> GatewayFiles:
-    return render_gateway(FLEET, [target(one) for one in (ONE, TWO) if one in jobs])
+    return rendered(FLEET, [target(one) for one in (ONE, TWO) if one in jobs])
 
 
 def test_gateway_without_a_configuration_runs_no_routes(gateway: Gateway) -> None:
@@ -174,7 +174,7 @@ def test_last_generations_are_kept_and_no_more(gateway: Gateway) -> None:
     """The folder does not grow: this generation, the one before, and a few to look at."""
     for number in range(1, 13):
         one = job(revision(FLEET), id=number)
-        gateway.adapter.change("gateway", render_gateway(FLEET, [target(one)]))
+        gateway.adapter.change("gateway", rendered(FLEET, [target(one)]))
     assert len(list(gateway.folder.glob("gen-*"))) == 7
 
 

@@ -19,7 +19,7 @@ from reconciler.naming import parse_comment
 from reconciler.plan import Submit, to_json
 from reconciler.planner import plan
 from reconciler.render import plan_text, status_text
-from reconciler.routes import parse_targets, render_gateway
+from reconciler.routes import parse_targets
 from reconciler.spec import load_fleet
 from reconciler.state import Health, Job, Memory, Probe, Recipe
 from tests.unit.build import (
@@ -31,6 +31,7 @@ from tests.unit.build import (
     leaving,
     model_record,
     observation,
+    rendered,
     revision,
     routed_ids,
     spec_record,
@@ -117,7 +118,7 @@ def test_R14_names_that_look_like_parts_of_an_address_change_no_address(node: st
     replica = job(revision(named, "v1"), id=1, model="v1", node=node)
     decided = plan(named, observation(replica, gateways=[view(named)]), NOTHING)
     assert routed_ids(decided) == [1]
-    files_ = render_gateway(named, [target(replica)]).files
+    files_ = rendered(named, [target(replica)]).files
     assert parse_targets(files_["targets.json"])[1] == (target(replica),)
     assert "server 10.0.0.1:20000 " in files_["fleet.conf"]
     # A node whose name begins with another's is another node.

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from reconciler.routes import GENERATION_MARK, parse_targets, render_gateway
+from reconciler.routes import GENERATION_MARK, parse_targets
 from reconciler.spec import Fleet
 from reconciler.state import Target
-from tests.unit.build import fleet, model_record
+from tests.unit.build import KEYS, fleet, model_record, rendered
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -25,9 +25,9 @@ NAMES = [
 
 def targets() -> list[Target]:
     return [
-        Target(model="tiny", job_id=9, submitted_at=1, address="10.0.0.9:20001"),
-        Target(model="tiny", job_id=10, submitted_at=2, address="10.0.0.1:20000"),
-        Target(model="big", job_id=11, submitted_at=3, address="10.0.0.1:20002"),
+        Target(model="tiny", job_id=9, submitted_at=1, address="10.0.0.9:20001", keys=KEYS),
+        Target(model="tiny", job_id=10, submitted_at=2, address="10.0.0.1:20000", keys=KEYS),
+        Target(model="big", job_id=11, submitted_at=3, address="10.0.0.1:20002", keys=KEYS),
     ]
 
 
@@ -53,34 +53,34 @@ def known(text: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["fleet.conf", "fleet.js", "targets.json"])
 def test_file_of_a_gateway_is_as_reviewed(name: str) -> None:
     """Every generated line was read by a person; a change shows in the golden file's diff."""
-    files = render_gateway(three(), targets())
+    files = rendered(three(), targets())
     golden = (GOLDEN / name).read_text(encoding="utf-8")
     assert files.files[name].replace(files.generation, "GENERATION") == golden
 
 
 def test_files_are_stable_in_any_order_of_targets() -> None:
     """The same replicas are the same text: no reload without a real difference."""
-    made = {json.dumps(render_gateway(three(), order).files) for order in permutations(targets())}
+    made = {json.dumps(rendered(three(), order).files) for order in permutations(targets())}
     assert len(made) == 1
-    doubled = render_gateway(three(), [*targets(), *targets()])
-    assert doubled == render_gateway(three(), targets())
+    doubled = rendered(three(), [*targets(), *targets()])
+    assert doubled == rendered(three(), targets())
 
 
 def test_generation_changes_with_the_content_only() -> None:
     """What a gateway runs is named by its content: budget or timeouts are not in it."""
-    base = render_gateway(three(), targets()).generation
+    base = rendered(three(), targets()).generation
     same = [
-        render_gateway(three(budget={"gpus": 99}), targets()),
-        render_gateway(three(defaults={"drain_timeout_s": 9}), targets()),
+        rendered(three(budget={"gpus": 99}), targets()),
+        rendered(three(defaults={"drain_timeout_s": 9}), targets()),
     ]
     assert {made.generation for made in same} == {base}
     moved = [replace(targets()[0], address="10.0.0.9:20002"), *targets()[1:]]
     resubmitted = [replace(targets()[0], submitted_at=99), *targets()[1:]]
     other = [
-        render_gateway(three(), targets()[:2]),
-        render_gateway(three(), moved),
-        render_gateway(three(), resubmitted),
-        render_gateway(fleet(*[model_record()]), targets()),
+        rendered(three(), targets()[:2]),
+        rendered(three(), moved),
+        rendered(three(), resubmitted),
+        rendered(fleet(*[model_record()]), targets()),
     ]
     assert len({base, *(made.generation for made in other)}) == 5
     assert re.fullmatch(r"[0-9a-f]{12}", base)
@@ -88,7 +88,7 @@ def test_generation_changes_with_the_content_only() -> None:
 
 def test_generation_is_answered_and_no_mark_is_left() -> None:
     """The running configuration says which one it is; the files are complete."""
-    files = render_gateway(three(), targets())
+    files = rendered(three(), targets())
     assert f"return 200 {files.generation};" in files.files["fleet.conf"]
     assert parse_targets(files.files["targets.json"]) == (
         files.generation,
@@ -101,12 +101,12 @@ def test_R37_served_names_reach_njs_as_data() -> None:
     """Quotes, dollars, backslashes, unicode: each name is a JSON key, and no part of it is code."""
     ours = [target for target in targets() if target.model == "tiny"]
     wanted = fleet(model_record(served_names=NAMES))
-    files = render_gateway(wanted, ours).files
+    files = rendered(wanted, ours).files
     found = known(files["fleet.js"])
     assert found["names"] == dict.fromkeys(["tiny", *NAMES], "tiny")
     assert found["listed"] == ["tiny", *NAMES]
     assert files["fleet.js"].isascii()
-    plain = render_gateway(fleet(), ours).files
+    plain = rendered(fleet(), ours).files
     generation = r"return 200 [0-9a-f]{12};"
     assert re.sub(generation, "", files["fleet.conf"]) == re.sub(
         generation, "", plain["fleet.conf"]
@@ -117,7 +117,7 @@ def test_R37_served_names_reach_njs_as_data() -> None:
 
 def test_model_without_a_replica_has_no_upstream() -> None:
     """An upstream without servers would not load; its names answer 503 and are listed."""
-    files = render_gateway(three(), targets()).files
+    files = rendered(three(), targets()).files
     assert re.findall(r"^upstream (\S+)", files["fleet.conf"], re.MULTILINE) == [
         "model.tiny",
         "model.big",
@@ -128,8 +128,8 @@ def test_model_without_a_replica_has_no_upstream() -> None:
 
 def test_target_of_a_model_that_left_the_spec_is_served_by_its_name() -> None:
     """Who is guarded goes on serving; the planner alone decides who gets requests."""
-    stray = Target(model="gone", job_id=1, submitted_at=1, address="10.0.0.1:1")
-    files = render_gateway(fleet(), [stray]).files
+    stray = Target(model="gone", job_id=1, submitted_at=1, address="10.0.0.1:1", keys=KEYS)
+    files = rendered(fleet(), [stray]).files
     assert "upstream model.gone {" in files["fleet.conf"]
     found = known(files["fleet.js"])
     assert (found["names"]["gone"], found["states"]["gone"]) == ("gone", "ready")
@@ -142,6 +142,7 @@ CHANGES: list[dict[str, Any]] = [
     *({"address": "evil.example.org:80"}, {"address": "10.0.0.1:80; } server {"}, {"address": []}),
     *({"address": None}, {"job_id": "x"}, {"job_id": None}, {"submitted_at": []}, {"more": 1}),
     *({"model": "a b"}, {"model": ["x"]}),
+    *({"keys": 1}, {"keys": None}, {"keys": ["x"]}, {"keys": [["aaaaaaaa"]]}),
 ]
 BROKEN = [
     *("", "{", "[]", "null", "{}", '{"generation": "x"}', "[" * 100_000),
@@ -161,5 +162,5 @@ def test_tries_of_a_request_are_bounded() -> None:
     """A request tries more than one replica and never all of a hundred."""
     many = [replace(targets()[0], job_id=n, address=f"10.0.1.{n}:1") for n in range(1, 100)]
     for made, tries in ((targets()[:1], 2), (targets(), 2), (many[:3], 3), (many, 5)):
-        text = render_gateway(fleet(), made).files["fleet.conf"]
+        text = rendered(fleet(), made).files["fleet.conf"]
         assert f"proxy_next_upstream_tries {tries};" in text

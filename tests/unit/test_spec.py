@@ -31,8 +31,8 @@ slurm: {partition: gpu, walltime: 4:00:00, log_dir: /shared/logs}
 budget: {gpus: 4}
 images:
   engine: {runtime: none, path: /opt/engine}
-gateway:
-  hosts: [{name: gateway}]
+gateway: {hosts: [{name: gateway}]}
+secret_dir: /shared/secrets
 models:
   - name: tiny
     image: engine
@@ -198,12 +198,12 @@ BROKEN: dict[str, tuple[str, str, str]] = {
     ),
     "no-gateway": (
         *("[{name: gateway}]", "[]"),
-        "8:3: no gateway: nobody could reach the models",
+        "7:11: no gateway: nobody could reach the models",
     ),
-    "gateways-not-a-list": (*("[{name: gateway}]", "{}"), "8:3: gateway.hosts: must be a list"),
+    "gateways-not-a-list": (*("[{name: gateway}]", "{}"), "7:11: gateway.hosts: must be a list"),
     "gateway-named-twice": (
         *("[{name: gateway}]", "[{name: gateway}, {name: gateway, ssh: other}]"),
-        '8:29: two gateways are named "gateway"',
+        '7:37: two gateways are named "gateway"',
     ),
     "rollout-that-can-not-move": (
         *("budget:", "defaults: {rollout: {max_surge: 0}}\nbudget:"),
@@ -267,13 +267,13 @@ BROKEN: dict[str, tuple[str, str, str]] = {
         '(given: "gpu\\n#SBATCH --uid=0")',
     ),
     "R37-server-name-with-a-semicolon": (
-        *("gateway:\n", 'gateway:\n  server_name: "a; }"\n'),
-        "8:3: gateway.server_name: String should match pattern '^[A-Za-z0-9_][A-Za-z0-9.-]*$' "
+        *("gateway: {", 'gateway: {server_name: "a; }", '),
+        "7:11: gateway.server_name: String should match pattern '^[A-Za-z0-9_][A-Za-z0-9.-]*$' "
         '(given: "a; }")',
     ),
     "R37-ssh-like-an-option": (
         *("{name: gateway}", "{name: gateway, ssh: -oProxyCommand=x}"),
-        "8:27: gateway.hosts.0.ssh: String should match pattern "
+        "7:35: gateway.hosts.0.ssh: String should match pattern "
         "'^[A-Za-z0-9_][A-Za-z0-9_.@-]*$' (given: \"-oProxyCommand=x\")",
     ),
     "R36-secret-in-an-environment": (

@@ -1,10 +1,11 @@
-const FLEET = JSON.parse("{\"fleet\": \"demo\", \"listed\": [\"tiny\", \"org/Tiny\", \"big\", \"starting\", \"stopped\"], \"names\": {\"big\": \"big\", \"org/Tiny\": \"tiny\", \"starting\": \"starting\", \"stopped\": \"stopped\", \"tiny\": \"tiny\"}, \"states\": {\"big\": \"ready\", \"starting\": \"starting\", \"stopped\": \"stopped\", \"tiny\": \"ready\"}}");
+const FLEET = JSON.parse("{\"fleet\": \"demo\", \"listed\": [\"tiny\", \"org/Tiny\", \"big\", \"starting\", \"stopped\"], \"names\": {\"big\": \"big\", \"org/Tiny\": \"tiny\", \"starting\": \"starting\", \"stopped\": \"stopped\", \"tiny\": \"tiny\"}, \"open\": {\"big\": 0.0, \"tiny\": 0.0}, \"states\": {\"big\": \"ready\", \"starting\": \"starting\", \"stopped\": \"stopped\", \"tiny\": \"ready\"}}");
 // Sends a request to the upstream of the model that its JSON body names. FLEET, which
 // reconciler/routes.py writes above these lines, is:
 //   fleet   its name
 //   names   what a client may call a model -> the model's own name
 //   listed  these names, in the spec's order
 //   states  the model's own name -> ready, starting or stopped
+//   open    the own name of a model that is ready -> which share of its replicas is without TLS
 function error(r, status, code, message) {
     r.headersOut['Content-Type'] = 'application/json';
     const body = {message: message, type: 'invalid_request_error', code: code};
@@ -37,7 +38,8 @@ function route(r) {
         r.headersOut['Retry-After'] = '10';
         return error(r, 503, 'model_not_ready', 'No replica of this model is ready; try again.');
     }
-    r.variables.fleet_upstream = `model.${model}`;
+    const kind = Math.random() < FLEET.open[model] ? 'open' : 'model';
+    r.variables.fleet_upstream = `${kind}.${model}`;
     r.internalRedirect('@replicas');
 }
 

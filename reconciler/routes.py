@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import chain
 
 from reconciler.naming import LABEL, checked_address
 from reconciler.spec import Fleet
@@ -37,6 +38,7 @@ GENERATION_MARK = "@GENERATION@"
 _MARK = re.compile(r"@([A-Z_]+)@")
 _GATEWAY_CONF = files("reconciler").joinpath("gateway.conf").read_text(encoding="utf-8")
 _GATEWAY_JS = files("reconciler").joinpath("gateway.js").read_text(encoding="utf-8")
+_ANSWER_JS = files("reconciler").joinpath("answer.js").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +59,14 @@ def render_gateway(fleet: Fleet, targets: Iterable[Target]) -> GatewayFiles:
     parts = {
         "fleet.conf": _fleet_conf(fleet, by_model),
         "fleet.js": _fleet_js(fleet, by_model),
+        "answer.js": _ANSWER_JS,
         "targets.json": _targets_json(ordered),
     }
     text = json.dumps(parts, sort_keys=True)
     generation = hashlib.sha256(text.encode()).hexdigest()[:12]
-    # Not in the njs module: it does not need it, and a served name may read like the mark.
+    # Not in an njs module: none needs it, and a served name may read like the mark.
     rendered = {
-        name: part if name == "fleet.js" else part.replace(GENERATION_MARK, generation)
+        name: part if name.endswith(".js") else part.replace(GENERATION_MARK, generation)
         for name, part in parts.items()
     }
     return GatewayFiles(generation=generation, files=rendered)
@@ -116,8 +119,16 @@ def _fleet_conf(fleet: Fleet, by_model: Mapping[str, list[Target]]) -> str:
         "BODY_MAX": _BODY_MAX,
         "RETRY_WINDOW": str(_RETRY_WINDOW_S),
         "TRIES": str(max(2, min(most, 5))),
+        "DIRECTORY": fleet.gateway.directory,
+        "REPLICAS": _replicas(chain.from_iterable(by_model.values())),
     }
     return "\n".join([*upstreams, _filled(_GATEWAY_CONF, values)])
+
+
+def _replicas(targets: Iterable[Target]) -> str:
+    """Return a map's lines from address to job; NGINX refuses an address that stands twice."""
+    jobs = {target.address: target.job_id for target in sorted(targets, key=lambda t: t.job_id)}
+    return "".join(f"    {address} {job_id};\n" for address, job_id in sorted(jobs.items()))
 
 
 def _filled(template: str, values: Mapping[str, str]) -> str:

@@ -212,7 +212,7 @@ def _perform(
 
 
 def _route(action: Route, fleet: Fleet, world: World, say: Say) -> None:
-    files = render_gateway(fleet, action.targets)
+    files = render_gateway(fleet, action.targets, action.exhausted)
     calls = ((name, partial(world.gateways.change, name, files)) for name in action.gateways)
     failed = {}
     for name, ended in _side_by_side(world.at_once, calls):

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter
 
 from reconciler.naming import ReplicaName
-from reconciler.state import JobKey, Target
+from reconciler.state import JobKey, Target, Traffic
 
 
 class Reason(StrEnum):
@@ -51,6 +51,8 @@ class NoteKind(StrEnum):
     OBSERVER = "observer"
     DRAINING = "draining"
     GATEWAY = "gateway"
+    LOG = "log"
+    QUOTA = "quota"
 
 
 # With one of these, something was not seen and so nothing was decided for it (exit code 4).
@@ -110,6 +112,7 @@ class Route:
     targets: tuple[Target, ...]
     added: tuple[str, ...]
     removed: tuple[str, ...]
+    exhausted: tuple[str, ...] = ()  # tenants to refuse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +172,7 @@ class ModelView:
     wanted: int
     ready: int
     canary: str | None = None  # the revision of its canary
+    traffic: Traffic | None = None  # None: not known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

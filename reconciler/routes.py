@@ -10,7 +10,7 @@ named location, so that streaming and retries stay in the proxy module
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import chain
@@ -49,8 +49,13 @@ class GatewayFiles:
     files: Mapping[str, str]
 
 
-def render_gateway(fleet: Fleet, targets: Iterable[Target]) -> GatewayFiles:
-    """Return what every gateway of the fleet runs when exactly `targets` get requests."""
+def render_gateway(
+    fleet: Fleet, targets: Iterable[Target], exhausted: Collection[str] = ()
+) -> GatewayFiles:
+    """Return what every gateway of the fleet runs when exactly `targets` get requests.
+
+    The `exhausted` tenants are refused: their tokens of the day are spent.
+    """
     ordered = tuple(sorted(set(targets)))
     # A model that is gone from the spec and still guarded is served by its name.
     by_model: dict[str, list[Target]] = {model.name: [] for model in fleet.models}
@@ -58,9 +63,9 @@ def render_gateway(fleet: Fleet, targets: Iterable[Target]) -> GatewayFiles:
         by_model.setdefault(target.model, []).append(target)
     parts = {
         "fleet.conf": _fleet_conf(fleet, by_model),
-        "fleet.js": _fleet_js(fleet, by_model),
+        "fleet.js": _fleet_js(fleet, by_model, exhausted),
         "answer.js": _ANSWER_JS,
-        "targets.json": _targets_json(ordered),
+        "targets.json": _targets_json(ordered, exhausted),
     }
     text = json.dumps(parts, sort_keys=True)
     generation = hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -93,8 +98,19 @@ def _target(*, model: str, job_id: int, submitted_at: int, address: str) -> Targ
     )
 
 
-def _targets_json(targets: tuple[Target, ...]) -> str:
-    record = {"generation": GENERATION_MARK, "targets": [_entry(target) for target in targets]}
+def parse_exhausted(text: str) -> tuple[str, ...]:
+    """Return the tenants that a `targets.json` refuses. Raises ValueError for anything else."""
+    record = json.loads(text)
+    return tuple(str(name) for name in record.get("exhausted", ()))
+
+
+def _targets_json(targets: tuple[Target, ...], exhausted: Collection[str]) -> str:
+    record: dict[str, object] = {
+        "generation": GENERATION_MARK,
+        "targets": [_entry(target) for target in targets],
+    }
+    if exhausted:
+        record["exhausted"] = sorted(exhausted)
     return json.dumps(record, indent=1) + "\n"
 
 
@@ -145,7 +161,9 @@ def _upstream(model: str, members: list[Target]) -> str:
     return f"{head}{servers}    keepalive 64;\n}}\n"
 
 
-def _fleet_js(fleet: Fleet, by_model: Mapping[str, list[Target]]) -> str:
+def _fleet_js(
+    fleet: Fleet, by_model: Mapping[str, list[Target]], exhausted: Collection[str]
+) -> str:
     """Return the njs module; names reach it as JSON, so no character of theirs is special."""
     names = {name: model.name for model in fleet.models for name in model.names}
     states = {model.name: "starting" if model.replicas else "stopped" for model in fleet.models}
@@ -154,7 +172,13 @@ def _fleet_js(fleet: Fleet, by_model: Mapping[str, list[Target]]) -> str:
             states[name] = "ready"
     # A model that is gone from the spec and still guarded is served by its name.
     names |= {name: name for name in sorted(by_model) if name not in names}
-    record = {"fleet": fleet.fleet, "names": names, "listed": list(names), "states": states}
+    record = {
+        "fleet": fleet.fleet,
+        "names": names,
+        "listed": list(names),
+        "states": states,
+        "exhausted": sorted(exhausted),
+    }
     # JSON.parse: in an object literal the key "__proto__" would not be a key.
     data = json.dumps(json.dumps(record, sort_keys=True))
     return f"const FLEET = JSON.parse({data});\n{_GATEWAY_JS}"

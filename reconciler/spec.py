@@ -260,6 +260,15 @@ class Model(Strict):
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+class Tenant(Strict):
+    """Who calls the gateway."""
+
+    name: Label
+    tokens_per_day: Annotated[int, Field(ge=0, le=10**15)] | None = Field(
+        None, description="prompt and completion tokens in a UTC day"
+    )
+
+
 class Fleet(Strict):
     """All that is wanted, of one spec folder."""
 
@@ -274,6 +283,7 @@ class Fleet(Strict):
     blast_radius: Annotated[float, Field(ge=0, le=1)] = Field(
         0.5, description="the share of ready replicas that fewer `replicas` may end unasked"
     )
+    tenants: Annotated[tuple[Tenant, ...], Field(strict=False)] = ()
     models: Annotated[tuple[Model, ...], Field(strict=False)]
 
     def model(self, name: str) -> Model | None:
@@ -283,7 +293,8 @@ class Fleet(Strict):
     def only(self, model: Model) -> "Fleet":
         """Return this fleet with one model and its image alone."""
         images = {model.image: self.images[model.image]}
-        return self.model_copy(update={"models": (model,), "images": images})
+        # A batch script, which others may read, is no place for tenants.
+        return self.model_copy(update={"models": (model,), "images": images, "tenants": ()})
 
     def slurm_for(self, model: Model) -> Slurm:
         """Return the Slurm options of a model: its own, else the fleet's."""

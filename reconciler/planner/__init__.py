@@ -24,10 +24,11 @@ from reconciler.planner.drain import next_steps
 from reconciler.planner.guard import not_in_spec, within_blast_radius
 from reconciler.planner.model import Part, decide
 from reconciler.planner.seen import Seen
-from reconciler.planner.views import observation_notes, replica_view
+from reconciler.planner.views import observation_notes, quota_note, replica_view
 from reconciler.routes import render_gateway
 from reconciler.spec import Fleet
 from reconciler.state import JobKey, Memory, Observation, Pause, Target
+from reconciler.usage import exhausted
 
 __all__ = ["plan"]
 
@@ -169,13 +170,15 @@ def _targets(seen: Seen, leaving: Mapping[JobKey, Reason]) -> list[Target]:
 
 def _route(fleet: Fleet, seen: Seen, targets: list[Target]) -> tuple[list[Action], list[Note]]:
     """Return the change for every gateway that runs something else; notes for the unreachable."""
-    wanted = render_gateway(fleet, targets).generation
     views = seen.observation.gateways
+    running = {name for view in views for name in view.exhausted}
+    spent = exhausted(fleet, seen.observation.usage, running)
+    wanted = render_gateway(fleet, targets, spent).generation
     notes = [
         Note(kind=NoteKind.GATEWAY, subject=view.name, text=view.error)
         for view in views
         if view.error is not None
-    ]
+    ] + [quota_note(name, fleet, seen.observation) for name in spent]
     behind = [view for view in views if view.error is None and view.generation != wanted]
     if not behind:
         return [], notes
@@ -188,5 +191,6 @@ def _route(fleet: Fleet, seen: Seen, targets: list[Target]) -> tuple[list[Action
             targets=tuple(sorted(targets)),
             added=tuple(sorted(after - before)),
             removed=tuple(sorted(before - after)),
+            exhausted=spent,
         )
     ], notes

@@ -1,10 +1,11 @@
-const FLEET = JSON.parse("{\"fleet\": \"demo\", \"listed\": [\"tiny\", \"org/Tiny\", \"big\", \"starting\", \"stopped\"], \"names\": {\"big\": \"big\", \"org/Tiny\": \"tiny\", \"starting\": \"starting\", \"stopped\": \"stopped\", \"tiny\": \"tiny\"}, \"states\": {\"big\": \"ready\", \"starting\": \"starting\", \"stopped\": \"stopped\", \"tiny\": \"ready\"}}");
+const FLEET = JSON.parse("{\"exhausted\": [], \"fleet\": \"demo\", \"listed\": [\"tiny\", \"org/Tiny\", \"big\", \"starting\", \"stopped\"], \"names\": {\"big\": \"big\", \"org/Tiny\": \"tiny\", \"starting\": \"starting\", \"stopped\": \"stopped\", \"tiny\": \"tiny\"}, \"states\": {\"big\": \"ready\", \"starting\": \"starting\", \"stopped\": \"stopped\", \"tiny\": \"ready\"}}");
 // Sends a request to the upstream of the model that its JSON body names. FLEET, which
 // reconciler/routes.py writes above these lines, is:
 //   fleet   its name
 //   names   what a client may call a model -> the model's own name
 //   listed  these names, in the spec's order
 //   states  the model's own name -> ready, starting or stopped
+//   exhausted  tenants whose tokens of the day are spent
 function error(r, status, code, message) {
     r.variables.fleet_error = code;
     r.headersOut['Content-Type'] = 'application/json';
@@ -31,6 +32,9 @@ function route(r) {
     }
     if (!Object.prototype.hasOwnProperty.call(FLEET.names, body.model)) {
         return error(r, 404, 'model_not_found', 'No such model; GET /v1/models lists them.');
+    }
+    if (FLEET.exhausted.includes(r.variables.fleet_tenant)) {
+        return error(r, 429, 'insufficient_quota', 'The tokens of this UTC day are spent.');
     }
     const model = FLEET.names[body.model];
     r.variables.fleet_model = model;

@@ -107,8 +107,8 @@ Count = Annotated[int, Field(ge=0, le=1_000_000)]
 # What stands unquoted in NGINX's configuration.
 NginxPath = Annotated[str, Field(pattern=r"^/[A-Za-z0-9._/@+-]+$", max_length=500)]
 NginxSize = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,5}[km]$")]
-# NGINX counts thousandths of a request a second.
-Rate = Annotated[float, Field(ge=0.01, le=100_000)]
+# NGINX takes whole requests a minute.
+Rate = Annotated[float, Field(ge=0.02, le=100_000)]
 KeyHash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # A name's ordinal has six digits at most (naming.py): a job beyond them would be foreign to us.
 Replicas = Annotated[int, Field(ge=0, le=10_000)]
@@ -286,7 +286,9 @@ class Tenant(Strict):
     models: Annotated[tuple[Label, ...], Field(strict=False)] | None = Field(
         None, description="that it may use; without this key: all"
     )
-    requests_per_second: Rate | None = Field(None, description="on each gateway")
+    requests_per_second: Rate | None = Field(
+        None, description="on each gateway, to the nearest whole request a minute"
+    )
     burst: Count | None = Field(
         None, description="requests above that rate at once; default: one second's"
     )
@@ -294,6 +296,14 @@ class Tenant(Strict):
     tokens_per_day: Annotated[int, Field(ge=0, le=10**15)] | None = Field(
         None, description="prompt and completion, per UTC day, on all gateways together"
     )
+
+    @property
+    def rate(self) -> tuple[int, int] | None:
+        """Requests a minute and the burst above, None without a limit."""
+        if self.requests_per_second is None:
+            return None
+        burst = self.burst if self.burst is not None else math.ceil(self.requests_per_second)
+        return round(self.requests_per_second * 60), burst
 
 
 class Fleet(Strict):

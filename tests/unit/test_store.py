@@ -611,6 +611,7 @@ def test_journal_of_a_route_does_not_grow_with_the_fleet(tmp_path: Path) -> None
         "generation": "0" * 8,
         "added": ["7"],
         "removed": [],
+        "exhausted": [],
     }
 
 

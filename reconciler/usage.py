@@ -142,6 +142,41 @@ def traffic(minutes: Mapping[MinuteKey, Tally], at: float) -> Mapping[str, Traff
     }
 
 
+def report(
+    days: Mapping[DayKey, Tally], tenant: str | None = None, model: str | None = None
+) -> Mapping[str, Any]:
+    """Return what `fleet usage --json` prints: a row for each day, tenant and model, and their sum.
+
+    With a `tenant` or `model` only its rows. Times to the first byte are in seconds.
+    """
+    chosen = {
+        key: sums
+        for key, sums in sorted(days.items())
+        if tenant in (None, key[1]) and model in (None, key[2])
+    }
+    rows = [
+        {"day": day, "tenant": who, "model": what, **_row(sums)}
+        for (day, who, what), sums in chosen.items()
+    ]
+    total = Tally()
+    for sums in chosen.values():
+        total += sums
+    return {"rows": rows, "total": _row(total)}
+
+
+def _row(sums: Tally) -> Mapping[str, Any]:
+    times = sums.percentiles()
+    return {
+        "requests": sums.requests,
+        "errors": sums.errors,
+        "refused": sums.refused,
+        "unfinished": sums.unfinished,
+        "prompt_tokens": sums.prompt_tokens,
+        "completion_tokens": sums.completion_tokens,
+        "first_byte_s": None if times is None else [round(time, 4) for time in times],
+    }
+
+
 def exhausted(fleet: Fleet, usage: Usage | None, running: Iterable[str]) -> tuple[str, ...]:
     """Return the tenants whose tokens of today are spent, sorted.
 

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from datetime import datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -334,6 +334,41 @@ def events(spec: Path, as_json: bool, state_dir: Path | None, last: int) -> None
 
 @main.command()
 @_spec
+@_as_json
+@_state_dir
+@click.option("--day", metavar="DAY", help="One UTC day, as 2026-11-30; default: today.")
+@click.option("--days", type=click.IntRange(1, 400), help="So many UTC days, today the last.")
+@click.option("--tenant", help="Only what this tenant used.")
+@click.option("--model", help="Only what this model was used for.")
+def usage(
+    spec: Path,
+    as_json: bool,
+    state_dir: Path | None,
+    day: str | None,
+    days: int | None,
+    tenant: str | None,
+    model: str | None,
+) -> None:
+    """Show requests, tokens and times to the first byte by day, tenant and model.
+
+    They are what this host's `apply` and `run` have counted of the gateways' logs.
+    """
+    if day is not None and days is not None:
+        raise click.UsageError("--day and --days exclude each other")
+    from reconciler.adapters.store import read_days
+    from reconciler.render import usage_text
+    from reconciler.spec import load_fleet
+    from reconciler.usage import report
+
+    last = datetime.now(UTC).date() if day is None else _day(day)
+    first = last - timedelta(days=(days or 1) - 1)
+    folder = _state_folder(load_fleet(spec), state_dir)
+    record = report(read_days(folder, str(first), str(last)) or {}, tenant, model)
+    click.echo(json.dumps(record, indent=2) if as_json else usage_text(record))
+
+
+@main.command()
+@_spec
 @click.argument("name", metavar="REPLICA_OR_MODEL")
 @_as_json
 @_state_dir
@@ -540,6 +575,13 @@ def _moment(text: str) -> float:
     if moment <= time.time():
         raise click.BadParameter(f"{text} is over")
     return moment
+
+
+def _day(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise click.BadParameter("write a UTC day as 2026-11-30", param_hint="--day") from None
 
 
 def _state_folder(fleet: "Fleet", state_dir: Path | None) -> Path:

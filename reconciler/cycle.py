@@ -9,7 +9,7 @@ from reconciler.errors import PlanDiffers, SlurmUnavailable, StateFailed
 from reconciler.execute import Say, execute
 from reconciler.failures import learn_refusals
 from reconciler.memory import learn, remember
-from reconciler.observe import World, observe
+from reconciler.observe import World, count_logs, observe, with_usage
 from reconciler.plan import Cancel, Drain, Plan, Status, differences
 from reconciler.planner import plan
 from reconciler.spec import Fleet
@@ -33,6 +33,7 @@ def look(
 ) -> tuple[Plan, Mapping[str, ImagePin]]:
     """Return the plan for the world as it is now; nothing is changed, nothing is remembered."""
     observation, pins, memory = _looked(fleet, world, at)
+    observation = with_usage(observation, fleet, world, {})
     return plan(fleet, observation, memory, allow_destroy, pauses), pins
 
 
@@ -90,6 +91,8 @@ def cycle(
     Once `told_to_end` is true, what has begun is finished and written down, and no more begins.
     """
     observation, pins, memory = _looked(fleet, world, at)
+    problems = count_logs(world, observation.gateways)
+    observation = with_usage(observation, fleet, world, problems)
     decided = plan(fleet, observation, memory, allow_destroy, pauses)
     differ = differences(reviewed, decided) if reviewed is not None else None
     if differ is not None:

@@ -222,7 +222,7 @@ def _credentials(recipe: Recipe, submit: Submit, secrets: Secrets) -> Credential
 
 
 def _route(action: Route, fleet: Fleet, world: World, say: Say) -> None:
-    files = render_gateway(fleet, action.targets, action.trust)
+    files = render_gateway(fleet, action.targets, action.trust, action.exhausted)
     if action.trust is not None:
         files = replace(files, secrets=world.secrets.gateway_files(action.trust))
     calls = ((name, partial(world.gateways.change, name, files)) for name in action.gateways)

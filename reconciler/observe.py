@@ -2,14 +2,25 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from reconciler.adapters.ports import Engines, Gateways, ImagePin, Images, Secrets, Slurm, Store
-from reconciler.errors import SecretsFailed, SlurmUnavailable
+from reconciler.adapters.ports import (
+    Engines,
+    Gateways,
+    ImagePin,
+    Images,
+    LogPart,
+    Secrets,
+    Slurm,
+    Store,
+)
+from reconciler.errors import GatewayFailed, SecretsFailed, SlurmUnavailable, StateFailed
 from reconciler.memory import must_ask_maintenances
 from reconciler.spec import Fleet
 from reconciler.state import GatewayView, Job, JobKey, Keyring, Memory, Observation, Probe
+from reconciler.usage import tally
 
 T = TypeVar("T")
 
@@ -22,6 +33,8 @@ def booted_at() -> float:
 # Slurm looks at walltimes every half minute or so; what it lets run for so long past one has none
 # that this host could tell.
 OVERDUE_S = 300.0
+# Of each cycle, for the gateways' logs: tens of thousands of lines.
+LOGS_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +50,18 @@ class World:
     booted_at: Callable[[], float] = booted_at
     # Calls that change something, side by side. Slurm's rate limiter takes bursts of 30 a user.
     at_once: int = 8
+
+
+def with_usage(
+    observation: Observation, fleet: Fleet, world: World, problems: Mapping[str, str]
+) -> Observation:
+    """Return the observation with what is counted of the gateways' logs; unknown if unreadable."""
+    names = frozenset(host.name for host in fleet.gateway.hosts)
+    try:
+        usage, traffic = world.store.usage(observation.at, names)
+    except StateFailed:
+        return replace(observation, log_problems=problems)
+    return replace(observation, usage=usage, traffic=traffic, log_problems=problems)
 
 
 def observe(
@@ -84,6 +109,56 @@ def _keyring(secrets: Secrets) -> tuple[Keyring | None, str | None]:
         return secrets.keyring(), None
     except SecretsFailed as error:
         return None, str(error)
+
+
+def count_logs(
+    world: World, views: Iterable[GatewayView], clock: Callable[[], float] = time.monotonic
+) -> Mapping[str, str]:
+    """Count what the gateways have logged since it was last done. The caller holds the lock.
+
+    Returns one line for each log that could not be read as it should. No part of a log is begun
+    after LOGS_S; what is left is counted by the next cycles. A part and its position are written
+    at once, so that no line is lost or counted twice, whenever this process ends.
+    """
+    deadline = clock() + LOGS_S
+    waiting = [view.name for view in views if view.error is None]
+    problems: dict[str, str] = {}
+    try:
+        positions = dict(world.store.log_positions())
+        with ThreadPoolExecutor(world.at_once) as pool:
+            while waiting and clock() < deadline:
+                asked = {
+                    name: pool.submit(world.gateways.log, name, positions.get(name, ""))
+                    for name in waiting
+                }
+                waiting = []
+                for name, answer in asked.items():
+                    try:
+                        part = answer.result()
+                    except GatewayFailed as error:
+                        problems[name] = f"its log is not counted: {error}"
+                        continue
+                    problem = _count(world.store, name, part, known=name in positions)
+                    if problem is not None:
+                        problems[name] = problem
+                    positions[name] = part.position
+                    if part.lines and not part.ended:
+                        waiting.append(name)
+    except StateFailed as error:
+        problems["logs"] = f"not counted: {error}"
+    return problems
+
+
+def _count(store: Store, name: str, part: LogPart, *, known: bool) -> str | None:
+    """Count a part of a log; return what is wrong with it, in one line, if anything is."""
+    tallies = tally(part.lines)
+    if part.lines or not known:
+        store.count(name, part, tallies)
+    if part.lost:
+        return "lines of its log are lost: a file was compressed or removed before it was read"
+    if tallies.odd_lines:
+        return f"lines of its log that could not be read: {tallies.odd_lines}"
+    return None
 
 
 def _clock_ahead(jobs: Iterable[Job], at: float) -> str | None:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter
 
 from reconciler.naming import ReplicaName
-from reconciler.state import JobKey, Target, Trust
+from reconciler.state import JobKey, Target, Traffic, Trust
 
 
 class Reason(StrEnum):
@@ -52,6 +52,8 @@ class NoteKind(StrEnum):
     OBSERVER = "observer"
     DRAINING = "draining"
     GATEWAY = "gateway"
+    LOG = "log"
+    QUOTA = "quota"
 
 
 # With one of these nothing at all was decided.
@@ -112,6 +114,7 @@ class Route:
     added: tuple[str, ...]
     removed: tuple[str, ...]
     trust: Trust | None = None  # None: no target is protected
+    exhausted: tuple[str, ...] = ()  # tenants to refuse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +174,7 @@ class ModelView:
     wanted: int
     ready: int
     canary: str | None = None  # the revision of its canary
+    traffic: Traffic | None = None  # None: not known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,15 +24,45 @@ def plan_text(plan: Record) -> str:
 
 def status_text(plan: Record) -> str:
     """Return each model and each replica in a table."""
-    models = [("MODEL", "REVISION", "WANTED", "READY")]
-    models += [
-        (view["name"], view["revision"] or "unknown", str(view["wanted"]), str(view["ready"]))
-        for view in plan["models"]
-    ]
+    known = any(view.get("traffic") for view in plan["models"])
+    head = ("REQUESTS", "REFUSED", "FIRST BYTE P50/P95/P99") if known else ()
+    models = [("MODEL", "REVISION", "WANTED", "READY", *head)]
+    for view in plan["models"]:
+        counts = (view["revision"] or "unknown", str(view["wanted"]), str(view["ready"]))
+        models.append((view["name"], *counts, *(_traffic_row(view["traffic"]) if known else ())))
     parts = [_headline(plan), columns(models), _replicas(plan["replicas"])]
     held = [note for note in plan["notes"] if note["subject"] not in _names(plan)]
     parts += [f"{note['subject']}: {note['kind']}: {_note(note, plan['at'])}" for note in held]
     return "\n\n".join(parts)
+
+
+def usage_text(record: Record) -> str:
+    """Return what was used as a table, its sum last."""
+    if not record["rows"]:
+        return "Nothing is counted for that: no request, or no log was read yet."
+    head = ("DAY (UTC)", "TENANT", "MODEL", "REQUESTS", "ERRORS", "PROMPT", "COMPLETION")
+    rows = [
+        (row["day"], row["tenant"] or "-", row["model"] or "-", *_usage_row(row))
+        for row in record["rows"]
+    ]
+    total = ("all", "", "", *_usage_row(record["total"]))
+    return columns([(*head, "FIRST BYTE P50/P95/P99"), *rows, total])
+
+
+def _usage_row(row: Record) -> tuple[str, ...]:
+    names = ("requests", "errors", "prompt_tokens", "completion_tokens")
+    return (*(f"{row[name]:,}" for name in names), _times(row["first_byte_s"]))
+
+
+def _traffic_row(traffic: Record | None) -> tuple[str, str, str]:
+    if traffic is None:
+        return ("unknown", "unknown", "unknown")
+    return (str(traffic["requests"]), str(traffic["refused"]), _times(traffic["first_byte_s"]))
+
+
+def _times(seconds: Sequence[float] | None) -> str:
+    """Return p50, p95 and p99; two digits are what the histogram knows."""
+    return "-" if seconds is None else " / ".join(f"{time:.2g}" for time in seconds) + " s"
 
 
 def events_text(record: Record) -> str:
@@ -76,6 +106,12 @@ def explain_text(record: Record) -> str:
         revision = model["revision"] or "unknown"
         counts = f"{model['ready']} of {_count(model['wanted'], 'replica')} ready"
         parts = [f"{model['name']}: {counts}; revision {revision}"]
+        if traffic := model.get("traffic"):
+            asked, refused, times = _traffic_row(traffic)
+            parts[0] += (
+                f"\nlast {traffic['minutes']} minutes: {asked} requests, {refused} of them refused "
+                f"for want of a replica; first byte p50/p95/p99: {times}"
+            )
     parts.append(_replicas(record["replicas"]))
     if record["actions"]:
         rows = [_action_row(action) for action in record["actions"]]

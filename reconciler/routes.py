@@ -10,27 +10,34 @@ named location, so that streaming and retries stay in the proxy module
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
+from itertools import chain
 
 from reconciler.naming import LABEL, checked_address, checked_key_id, tls_name
-from reconciler.spec import Fleet
+from reconciler.spec import Fleet, Tenant
 from reconciler.state import Target, Trust
 
 # Where a gateway answers its generation; loopback only, for the adapter on the same host.
 STATUS_ADDRESS = "127.0.0.1:8091"
-# Long prompts in JSON; njs can't read a body that was spilled to disk, so it is also the buffer.
-_BODY_MAX = "8m"
 # A dead node's connections end after keep-alive gives up, some 14 s; a retry must still be
 # allowed then. 30 s in all is what a client is promised.
 _RETRY_WINDOW_S = 25
 
-_TOO_LARGE = {
-    "message": f"The request is larger than {_BODY_MAX}.",
-    "type": "invalid_request_error",
-    "code": "request_too_large",
-}
+# Some thousand tenants: NGINX forgets the one that has not called for the longest.
+_ZONE = "256k"
+# `http2 on`, which NGINX before 1.25.1 does not know: gateway.sh writes it as that takes it.
+_TLS = """\
+    http2 on;
+    ssl_certificate @CERTIFICATE@;
+    ssl_certificate_key @KEY@;
+    ssl_protocols TLSv1.2 TLSv1.3;
+    ssl_ciphers ECDHE+AESGCM:ECDHE+CHACHA20;
+    ssl_session_cache shared:fleet_tls:2m;
+    ssl_session_tickets off;
+    add_header Strict-Transport-Security "max-age=31536000" always;
+"""
 
 GENERATION_MARK = "@GENERATION@"
 
@@ -39,16 +46,17 @@ GENERATION_MARK = "@GENERATION@"
 KEY_FILE = "replica-key.conf"
 AUTHORITY_FILE = "replica-authority.crt"
 _PROTECTED = f"""
-        proxy_ssl_verify on;
-        proxy_ssl_trusted_certificate {AUTHORITY_FILE};
-        proxy_ssl_name @TLS_NAME@;
-        proxy_ssl_server_name on;
-        proxy_ssl_protocols TLSv1.2 TLSv1.3;
-        proxy_ssl_session_reuse on;"""
+    proxy_ssl_verify on;
+    proxy_ssl_trusted_certificate {AUTHORITY_FILE};
+    proxy_ssl_name @TLS_NAME@;
+    proxy_ssl_server_name on;
+    proxy_ssl_protocols TLSv1.2 TLSv1.3;
+    proxy_ssl_session_reuse on;"""
 
 _MARK = re.compile(r"@([A-Z_]+)@")
 _GATEWAY_CONF = files("reconciler").joinpath("gateway.conf").read_text(encoding="utf-8")
 _GATEWAY_JS = files("reconciler").joinpath("gateway.js").read_text(encoding="utf-8")
+_ANSWER_JS = files("reconciler").joinpath("answer.js").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,11 +92,15 @@ def key_file(key: str) -> str:
 
 
 def render_gateway(
-    fleet: Fleet, targets: Iterable[Target], trust: Trust | None = None
+    fleet: Fleet,
+    targets: Iterable[Target],
+    trust: Trust | None = None,
+    exhausted: Collection[str] = (),
 ) -> GatewayFiles:
     """Return what every gateway of the fleet runs when exactly `targets` get requests.
 
     `trust` must be given if any of them is protected, that is, has keys.
+    `exhausted` names the tenants that have used up their tokens: they are answered 429.
     """
     ordered = tuple(sorted(set(targets)))
     # A model that is gone from the spec and still guarded is served by its name.
@@ -97,14 +109,15 @@ def render_gateway(
         by_model.setdefault(target.model, []).append(target)
     parts = {
         "fleet.conf": _fleet_conf(fleet, by_model, trust),
-        "fleet.js": _fleet_js(fleet, by_model),
-        "targets.json": _targets_json(ordered, trust),
+        "fleet.js": _fleet_js(fleet, by_model, exhausted),
+        "answer.js": _ANSWER_JS,
+        "targets.json": _targets_json(ordered, trust, exhausted),
     }
     text = json.dumps(parts, sort_keys=True)
     generation = hashlib.sha256(text.encode()).hexdigest()[:12]
-    # Not in the njs module: it does not need it, and a served name may read like the mark.
+    # Not in an njs module: none needs it, and a served name may read like the mark.
     rendered = {
-        name: part if name == "fleet.js" else part.replace(GENERATION_MARK, generation)
+        name: part if name.endswith(".js") else part.replace(GENERATION_MARK, generation)
         for name, part in parts.items()
     }
     return GatewayFiles(generation=generation, files=rendered)
@@ -134,12 +147,23 @@ def _target(
     )
 
 
-def _targets_json(targets: tuple[Target, ...], trust: Trust | None) -> str:
+def parse_exhausted(text: str) -> tuple[str, ...]:
+    """Return the tenants that a `targets.json` refuses. Raises ValueError for anything else."""
+    record = json.loads(text)
+    return tuple(str(name) for name in record.get("exhausted", ()))
+
+
+def _targets_json(
+    targets: tuple[Target, ...], trust: Trust | None, exhausted: Collection[str]
+) -> str:
     # Another key, or another authority, is another generation.
     believed = None if trust is None else {"key": trust.key, "authority": trust.authority}
     # A line each: diffs are readable, and the encoder's own indentation takes three times as long.
     rows = ",\n".join(json.dumps(_entry(target)) for target in targets)
-    head = f'{{"generation": "{GENERATION_MARK}",\n"trust": {json.dumps(believed)},\n'
+    head = (
+        f'{{"generation": "{GENERATION_MARK}",\n"trust": {json.dumps(believed)},\n'
+        f'"exhausted": {json.dumps(sorted(exhausted))},\n'
+    )
     return f'{head}"targets": [\n{rows}\n]}}\n'
 
 
@@ -160,18 +184,57 @@ def _fleet_conf(fleet: Fleet, by_model: Mapping[str, list[Target]], trust: Trust
         upstreams.append(f"include {KEY_FILE};\n")
     protected = "" if trust is None else _PROTECTED
     most = max(map(len, by_model.values()), default=0)
+    gateway, tls = fleet.gateway, fleet.gateway.tls
+    zones, limits = _limits(fleet)
     values = {
         "STATUS_ADDRESS": STATUS_ADDRESS,
-        "LISTEN": str(fleet.gateway.listen),
-        "SERVER_NAME": fleet.gateway.server_name,
-        "TOO_LARGE": json.dumps({"error": _TOO_LARGE}),
-        "BODY_MAX": _BODY_MAX,
+        "LISTEN": f"{gateway.listen} ssl" if tls else str(gateway.listen),
+        "TLS": _filled(_TLS, {"CERTIFICATE": tls.certificate, "KEY": tls.key}) if tls else "",
+        "SERVER_NAME": gateway.server_name,
+        "REFUSED": "1" if fleet.tenants else '""',
+        "ZONES": zones,
+        "LIMITS": limits,
+        "BODY_MAX": gateway.body_max,
+        "UPLOAD_MAX": gateway.upload_max,
         "RETRY_WINDOW": str(_RETRY_WINDOW_S),
         "TRIES": str(max(2, min(most, 5))),
         "AUTHORIZATION": '""' if trust is None else "$fleet_authorization",
         "PROTECTED": protected.replace("@TLS_NAME@", tls_name(fleet.fleet, "$fleet_model")),
+        "DIRECTORY": fleet.gateway.directory,
+        "REPLICAS": _replicas(chain.from_iterable(by_model.values())),
     }
     return "\n".join([*upstreams, _filled(_GATEWAY_CONF, values)])
+
+
+def _replicas(targets: Iterable[Target]) -> str:
+    """Return a map's lines from address to job; NGINX refuses an address that stands twice."""
+    jobs = {target.address: target.job_id for target in sorted(targets, key=lambda t: t.job_id)}
+    return "".join(f"    {address} {job_id};\n" for address, job_id in sorted(jobs.items()))
+
+
+def _limits(fleet: Fleet) -> tuple[str, str]:
+    """Return the zones in which NGINX counts, and who is limited by them.
+
+    One for each value that a tenant has: NGINX knows no rate that differs by caller. An empty key
+    is not counted, so a request counts in its own tenant's zones alone.
+    """
+    zones, limits = [], []
+    for rate, burst in sorted({tenant.rate for tenant in fleet.tenants if tenant.rate}):
+        zone = f"fleet_rate_{rate}_{burst}"
+        zones += [
+            f'map $fleet_rate ${zone} {{ default ""; {rate}_{burst} $fleet_tenant; }}\n',
+            f"limit_req_zone ${zone} zone={zone}:{_ZONE} rate={rate}r/m;\n",
+        ]
+        above = f" burst={burst} nodelay" if burst else ""
+        limits.append(f"    limit_req zone={zone}{above};\n")
+    for most in sorted({tenant.concurrency for tenant in fleet.tenants if tenant.concurrency}):
+        zone = f"fleet_concurrency_{most}"
+        zones += [
+            f'map $fleet_concurrency ${zone} {{ default ""; {most} $fleet_tenant; }}\n',
+            f"limit_conn_zone ${zone} zone={zone}:{_ZONE};\n",
+        ]
+        limits.append(f"    limit_conn {zone} {most};\n")
+    return "".join(zones), "".join(limits)
 
 
 def _filled(template: str, values: Mapping[str, str]) -> str:
@@ -203,7 +266,9 @@ def _open_share(members: list[Target]) -> float:
     return round(sum(not target.keys for target in members) / len(members), 3)
 
 
-def _fleet_js(fleet: Fleet, by_model: Mapping[str, list[Target]]) -> str:
+def _fleet_js(
+    fleet: Fleet, by_model: Mapping[str, list[Target]], exhausted: Collection[str]
+) -> str:
     """Return the njs module; names reach it as JSON, so no character of theirs is special."""
     names = {name: model.name for model in fleet.models for name in model.names}
     states = {model.name: "starting" if model.replicas else "stopped" for model in fleet.models}
@@ -212,13 +277,26 @@ def _fleet_js(fleet: Fleet, by_model: Mapping[str, list[Target]]) -> str:
             states[name] = "ready"
     # A model that is gone from the spec and still guarded is served by its name.
     names |= {name: name for name in sorted(by_model) if name not in names}
+    keys = {key: tenant.name for tenant in fleet.tenants for key in tenant.key_sha256}
     record = {
         "fleet": fleet.fleet,
         "names": names,
         "listed": list(names),
         "states": states,
         "open": {name: _open_share(members) for name, members in by_model.items() if members},
+        "keys": keys or None,
+        "tenants": {tenant.name: _allowed(tenant) for tenant in fleet.tenants},
+        "exhausted": sorted(exhausted),
     }
     # JSON.parse: in an object literal the key "__proto__" would not be a key.
     data = json.dumps(json.dumps(record, sort_keys=True))
     return f"const FLEET = JSON.parse({data});\n{_GATEWAY_JS}"
+
+
+def _allowed(tenant: Tenant) -> Mapping[str, object]:
+    """Return what gateway.js knows of a tenant."""
+    return {
+        "models": tenant.models,
+        "rate": "{}_{}".format(*tenant.rate) if tenant.rate else None,
+        "concurrency": str(tenant.concurrency) if tenant.concurrency else None,
+    }

@@ -198,7 +198,27 @@ class GatewayView:
     generation: str | None = None  # what the running configuration answers
     targets: tuple[Target, ...] = ()
     old_workers: int = 0  # still finishing requests of an earlier configuration
+    exhausted: tuple[str, ...] = ()  # tenants that it refuses, as their tokens of the day are spent
     error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """What one model was asked for in the last `minutes`, by the gateways' logs."""
+
+    minutes: int
+    requests: int
+    errors: int
+    refused: int  # of the errors: no replica was there, so this is demand that nothing else shows
+    first_byte_s: tuple[float, float, float] | None  # p50, p95, p99; None: nobody was answered
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What each tenant has had since midnight UTC: prompt and completion tokens."""
+
+    tokens_today: Mapping[str, int]
+    complete: bool  # every gateway's log was read to its end since counting began
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,6 +238,9 @@ class Observation:
     booted_at: float | None = None  # by this host's clock: it changes only when that jumps
     keyring: Keyring | None = Keyring()
     keyring_error: str | None = None
+    usage: Usage | None = None
+    traffic: Mapping[str, Traffic] | None = None  # by model; one that nobody asked for is not in it
+    log_problems: Mapping[str, str] = field(default_factory=dict)  # gateway -> what went unread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

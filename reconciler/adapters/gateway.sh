@@ -1,4 +1,5 @@
 # Run on a gateway by `sh -c`: FOLDER STATUS_ADDRESS look | change GENERATION (files as tar on stdin)
+#   | log MARK_BYTES MARK OFFSET SINCE MOST
 # shellcheck shell=sh
 set -eu
 folder=$1 status=$2 verb=$3
@@ -41,6 +42,11 @@ change)
   trap 'rm -rf "$part"' EXIT
   tar -x -C "$part" -f -
   ln -s ../base.conf "$part/nginx.conf"
+  # Before 1.25.1 HTTP/2 is a word of `listen`, which later ones warn of.
+  if grep -q '^ *http2 on;$' "$part/fleet.conf" &&
+    nginx -v 2>&1 | grep -qE '/1\.(1[0-9]|2[0-4])\.|/1\.25\.0'; then
+    sed -i -e '/^ *http2 on;$/d' -e 's/^\( *listen .* ssl\);$/\1 http2;/' "$part/fleet.conf"
+  fi
   nginx -t -q -c "$part/nginx.conf"
   previous=$(readlink "$folder/current" || true)
   # A folder of that name holds the same files (its name is their hash), but for a key: old ones are
@@ -77,5 +83,64 @@ change)
   # What a change leaves that was killed; any that still runs is younger.
   find "$folder" -maxdepth 1 -name '*part.*' -mmin +60 -exec rm -rf {} +
   echo "$answer"
+  ;;
+log)
+  # MARK_BYTES MARK OFFSET SINCE MOST: where the last read ended; no bytes means never.
+  mark_bytes=$4 mark=$5 offset=$6 since=$7 most=$8
+  current=$folder/access.log
+  # A file is known by its beginning, whatever a rotation renames or copies it to.
+  is_marked() {
+    [ "$mark_bytes" -gt 0 ] && [ "$(stat -c %s "$1")" -ge "$offset" ] &&
+      [ "$(head -c "$mark_bytes" "$1" | sha256sum | cut -c1-16)" = "$mark" ]
+  }
+  # What NGINX may still write to a rotated file it has written long before this.
+  is_settled() { [ "$1" != "$current" ] && [ "$(($(date +%s) - $(stat -c %Z "$1")))" -gt 10 ]; }
+  rotated=$(find "$folder" -maxdepth 1 -name 'access.log[.-]*' ! -name '*.gz' ! -name '*.xz' \
+    ! -name '*.bz2' ! -name '*.zst' -type f -printf '%T@ %p\n' | sort -n | cut -d' ' -f2-)
+  state=same
+  file=
+  newer=
+  IFS='
+'
+  # The newest that is marked, and those after it. While one is copied there are two of it.
+  for one in $rotated "$current"; do
+    [ -f "$one" ] || continue
+    if [ ! -r "$one" ]; then
+      echo "$one can't be read" >&2
+      exit 1
+    fi
+    if is_marked "$one"; then
+      file=$one newer=
+    elif [ -n "$file" ] && [ -s "$one" ]; then
+      newer="$newer$one
+"
+    fi
+  done
+  if [ -z "$file" ]; then
+    state=first
+    if [ "$mark_bytes" -gt 0 ]; then state=gone; fi
+    offset=0
+    for one in $rotated "$current"; do
+      if [ -s "$one" ] && [ -n "$(find "$one" -newermt "@$since")" ]; then
+        if [ -z "$file" ]; then file=$one; else newer=$one; fi
+      fi
+    done
+  elif [ -n "$newer" ] && [ "$(stat -c %s "$file")" -eq "$offset" ] && is_settled "$file"; then
+    state=next
+    file=${newer%%"$IFS"*}
+    newer=${newer#*"$IFS"}
+    offset=0
+  fi
+  if [ -z "$file" ]; then
+    echo "$state 0 0 $since end"
+    exit
+  fi
+  left=end
+  if [ -n "$newer" ]; then
+    left=newer
+    if is_settled "$file"; then left=settled; fi
+  fi
+  echo "$state $offset $(stat -c '%s %.9Y' "$file") $left"
+  tail -c "+$((offset + 1))" "$file" | head -c "$most"
   ;;
 esac

@@ -17,8 +17,11 @@ from reconciler.state import (
     Keyring,
     Memory,
     Probe,
+    Traffic,
     Trust,
+    Usage,
 )
+from reconciler.usage import Tallies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +75,16 @@ class Engines(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogPart:
+    """Whole lines of a log, and the position after them, which is the adapter's own text."""
+
+    lines: bytes
+    position: str
+    ended: bool = False  # there is nothing more for now
+    lost: bool = False  # the file that was read last is gone, and what was unread of it
+
+
 class Gateways(Protocol):
     """The fleet's NGINX hosts."""
 
@@ -80,6 +93,12 @@ class Gateways(Protocol):
 
     def change(self, name: str, files: GatewayFiles) -> None:
         """Test, swap, reload and verify. Raises GatewayFailed; the last configuration serves on."""
+
+    def log(self, name: str, position: str) -> LogPart:
+        """Return the next lines of a gateway's access log, from where `position` says; "": all.
+
+        Rotated files that are not compressed are read to their end first. Raises GatewayFailed.
+        """
 
 
 class Images(Protocol):
@@ -130,6 +149,20 @@ class Store(Protocol):
 
     def conclude(self, intent: int, result: Result, detail: str) -> None:
         """Write how an intended action ended, in at most one line. Raises StateFailed."""
+
+    def log_positions(self) -> Mapping[str, str]:
+        """Return up to where each gateway's log is counted. Raises StateFailed."""
+
+    def count(self, gateway: str, part: LogPart, tallies: Tallies) -> None:
+        """Add what a part of a log adds up to, and its position, at once. Raises StateFailed."""
+
+    def usage(
+        self, at: float, gateways: frozenset[str]
+    ) -> tuple[Usage, Mapping[str, Traffic] | None]:
+        """Return what of these gateways' logs is counted, as of the time `at`.
+
+        Without any log read there is no traffic to tell of: None. Raises StateFailed.
+        """
 
     def locked(self) -> AbstractContextManager[None]:
         """Hold the fleet's one lock. Raises LockHeld, which says who has it, or StateFailed."""

@@ -17,11 +17,13 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from reconciler.adapters import counting
 from reconciler.adapters.lock import locked
-from reconciler.adapters.ports import Result
+from reconciler.adapters.ports import LogPart, Result
 from reconciler.errors import StateFailed
 from reconciler.plan import Action, Route, Submit
 from reconciler.state import Memory
+from reconciler.usage import DayKey, Tallies, Tally
 
 T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
@@ -35,6 +37,16 @@ _MIGRATIONS: Sequence[Sequence[str]] = (
         "CREATE TABLE journal (id INTEGER PRIMARY KEY, at REAL NOT NULL, kind TEXT NOT NULL,"
         " subject TEXT NOT NULL, job_id INTEGER, reason TEXT NOT NULL, action TEXT NOT NULL,"
         " result TEXT, detail TEXT)",
+    ),
+    (
+        "CREATE TABLE log_read (gateway TEXT PRIMARY KEY, position TEXT NOT NULL,"
+        " ended INTEGER NOT NULL)",
+        "CREATE TABLE day (day TEXT, tenant TEXT, model TEXT, requests INTEGER, errors INTEGER,"
+        " refused INTEGER, unfinished INTEGER, prompt_tokens INTEGER, completion_tokens INTEGER,"
+        " first_bytes TEXT, PRIMARY KEY (day, tenant, model)) WITHOUT ROWID",
+        "CREATE TABLE minute (minute INTEGER, model TEXT, requests INTEGER, errors INTEGER,"
+        " refused INTEGER, unfinished INTEGER, prompt_tokens INTEGER, completion_tokens INTEGER,"
+        " first_bytes TEXT, PRIMARY KEY (minute, model)) WITHOUT ROWID",
     ),
 )
 _COLUMNS = ("id", "at", "kind", "subject", "job_id", "reason", "action", "result", "detail")
@@ -107,6 +119,32 @@ class SqliteStore:
         self._write(
             lambda db: db.execute("UPDATE journal SET result = ?, detail = ? WHERE id = ?", values)
         )
+
+    def log_positions(self) -> Mapping[str, str]:
+        return dict(self._write(lambda db: [*db.execute("SELECT gateway, position FROM log_read")]))
+
+    def count(self, gateway: str, part: LogPart, tallies: Tallies) -> None:
+        def work(db: sqlite3.Connection) -> None:
+            # Once ended it stays so: what was not counted yet is then a cycle's requests.
+            db.execute(
+                "INSERT INTO log_read VALUES (?, ?, ?) ON CONFLICT (gateway) DO UPDATE"
+                " SET position = excluded.position, ended = max(ended, excluded.ended)",
+                (gateway, part.position, part.ended),
+            )
+            counting.add(db, tallies)
+
+        self._write(work)
+
+    def usage(self, at: float, gateways: frozenset[str]) -> counting.Counted:
+        def work(db: sqlite3.Connection) -> counting.Counted:
+            return counting.usage(db, at, gateways)
+
+        if self._locked:
+            return self._write(work)
+        try:
+            return _read(self._file, work) or counting.NOTHING
+        except sqlite3.Error as error:
+            raise StateFailed(f"{self._file} can't be read: {error}") from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -189,6 +227,17 @@ def read_events(folder: Path, last: int | None = None) -> list[dict[str, Any]] |
 
     try:
         return _read(folder / FILE, work)
+    except sqlite3.Error as error:
+        raise StateFailed(f"{folder / FILE} can't be read: {error}") from error
+
+
+def read_days(folder: Path, first: str, last: str) -> Mapping[DayKey, Tally] | None:
+    """Return what is counted of the days from `first` to `last`; None if nothing ever was.
+
+    Reads only, so it needs no lock. Raises StateFailed.
+    """
+    try:
+        return _read(folder / FILE, lambda db: counting.days(db, first, last))
     except sqlite3.Error as error:
         raise StateFailed(f"{folder / FILE} can't be read: {error}") from error
 

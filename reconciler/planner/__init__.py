@@ -24,7 +24,7 @@ from reconciler.planner.drain import next_steps
 from reconciler.planner.guard import not_in_spec, within_blast_radius
 from reconciler.planner.model import Part, decide
 from reconciler.planner.seen import Seen
-from reconciler.planner.views import observation_notes, replica_view
+from reconciler.planner.views import observation_notes, quota_note, replica_view
 from reconciler.routes import key_in_use, render_gateway
 from reconciler.spec import Fleet
 from reconciler.state import (
@@ -37,6 +37,7 @@ from reconciler.state import (
     Target,
     Trust,
 )
+from reconciler.usage import exhausted
 
 __all__ = ["plan"]
 
@@ -196,13 +197,15 @@ def _targets(seen: Seen, leaving: Mapping[JobKey, Reason]) -> list[Target]:
 def _route(fleet: Fleet, seen: Seen, targets: list[Target]) -> tuple[list[Action], list[Note]]:
     """Return the change for every gateway that runs something else; notes for the unreachable."""
     trust, targets = _trusted(seen, targets)
-    wanted = render_gateway(fleet, targets, trust).generation
     views = seen.observation.gateways
+    running = {name for view in views for name in view.exhausted}
+    spent = exhausted(fleet, seen.observation.usage, running)
+    wanted = render_gateway(fleet, targets, trust, spent).generation
     notes = [
         Note(kind=NoteKind.GATEWAY, subject=view.name, text=view.error)
         for view in views
         if view.error is not None
-    ]
+    ] + [quota_note(name, fleet, seen.observation) for name in spent]
     behind = [view for view in views if view.error is None and view.generation != wanted]
     if not behind:
         return [], notes
@@ -216,6 +219,7 @@ def _route(fleet: Fleet, seen: Seen, targets: list[Target]) -> tuple[list[Action
             added=tuple(sorted(after - before)),
             removed=tuple(sorted(before - after)),
             trust=trust,
+            exhausted=spent,
         )
     ], notes
 

@@ -11,11 +11,14 @@ from reconciler.plan import (
     Status,
 )
 from reconciler.planner.seen import HUNG_S, Seen
-from reconciler.spec import Model
+from reconciler.spec import Fleet, Model
 from reconciler.state import (
     Job,
     JobKey,
+    Observation,
+    Traffic,
 )
+from reconciler.usage import WINDOW_MINUTES, midnight_after
 
 # Slurm's reasons that no waiting resolves (squeue(1) "JOB REASON CODES").
 _NEVER_STARTS = frozenset(
@@ -34,7 +37,27 @@ def model_view(model: Model, seen: Seen) -> ModelView:
         canary=canary[0][1] if canary else None,
         wanted=sum(variant.replicas for variant in model.variants),
         ready=sum(1 for job in seen.jobs_of(model.name) if seen.status(job) is Status.READY),
+        traffic=_traffic(model, seen.observation),
     )
+
+
+def _traffic(model: Model, observation: Observation) -> Traffic | None:
+    """Return what the model was asked for: nothing at all is known too, where any log was read."""
+    if observation.traffic is None:
+        return None
+    nothing = Traffic(minutes=WINDOW_MINUTES, requests=0, errors=0, refused=0, first_byte_s=None)
+    return observation.traffic.get(model.name, nothing)
+
+
+def quota_note(tenant: str, fleet: Fleet, observation: Observation) -> Note:
+    """Return who is refused, why, and until when."""
+    [limit] = [one.tokens_per_day for one in fleet.tenants if one.name == tenant]
+    usage = observation.usage
+    known = usage is not None and tenant in usage.tokens_today
+    had = f"{usage.tokens_today[tenant]:,}" if usage and known else "an unknown number"
+    text = f"{had} of its {limit:,} tokens of today are spent; the gateway answers it 429"
+    until = midnight_after(observation.at)
+    return Note(kind=NoteKind.QUOTA, subject=f"tenant {tenant}", text=text, until=until)
 
 
 def observation_notes(seen: Seen, leaving: Mapping[JobKey, Reason]) -> list[Note]:
@@ -44,6 +67,8 @@ def observation_notes(seen: Seen, leaving: Mapping[JobKey, Reason]) -> list[Note
         count = seen.observation.odd_lines
         text = f"{count} of squeue's lines could not be read; those jobs are left alone"
         notes.append(Note(kind=NoteKind.ODD_LINES, subject="slurm", text=text))
+    for name, problem in sorted(seen.observation.log_problems.items()):
+        notes.append(Note(kind=NoteKind.LOG, subject=name, text=problem))
     for node, until in seen.quarantined.items():
         text = "several jobs failed there and none elsewhere; new ones avoid it"
         notes.append(Note(kind=NoteKind.QUARANTINE, subject=node, text=text, until=until))

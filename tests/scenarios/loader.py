@@ -10,6 +10,8 @@
      "gateways": [GATEWAY, ...],    by default each host of the spec, with the default routes
      "image_errors": {"engine": "why its digest is not known"},
      "keys": ["aaaaaaaa", "bbbbbbbb"],   that there are; or "keys_error": "why that is not known"
+     "usage": {"tokens": {"alice": 99}, "complete": true},   counted today; null: not known
+     "log_problems": {"gateway": "why its log is not counted"},
      "memory": MEMORY,              of the cycle before; by default nothing
      "allow_destroy": ["model"],
      "pauses": [{"model": "chat", "reason": "why", "by": "who", "until": "+2h"}]}
@@ -28,6 +30,7 @@
     GATEWAY: {"name": "gateway",
               "routes": [11],       by default all running jobs that are ready by their own word;
                                     {"id": 9, "model": "chat"} is a route to a job that is gone
+              "exhausted": [],      tenants that it refuses
               "outdated": false,    it runs another configuration than these routes give
               "old_workers": 0, "error": null}
 
@@ -73,6 +76,7 @@ from reconciler.state import (
     Progress,
     Recipe,
     Target,
+    Usage,
 )
 from tests.unit.build import KEYS, RING, rendered
 
@@ -125,7 +129,7 @@ def load(folder: Path) -> Scenario:
         record,
         *("about", "jobs", "jobs_error", "odd_lines", "nodes", "gateways", "image_errors"),
         "maintenances",
-        *("memory", "allow_destroy", "pauses", "keys", "keys_error"),
+        *("memory", "allow_destroy", "pauses", "keys", "keys_error", "usage", "log_problems"),
     )
     memory = record.get("memory", {})
     kept = {name: _recipe(fleet, name, args) for name, args in memory.get("kept", {}).items()}
@@ -155,6 +159,8 @@ def load(folder: Path) -> Scenario:
             image_errors=errors,
             keyring=None if "keys_error" in record else _keyring(record),
             keyring_error=record.get("keys_error"),
+            usage=_usage(record.get("usage")),
+            log_problems=record.get("log_problems", {}),
         ),
         memory=replace(_memory(fleet, jobs, memory), kept=kept),
         allow_destroy=frozenset(record.get("allow_destroy", ())),
@@ -195,6 +201,13 @@ def _revision(fleet: Fleet, model: str) -> str:
 
 def _begins(times: list[str] | None) -> tuple[float, ...] | None:
     return None if times is None else tuple(map(_moment, times))
+
+
+def _usage(record: Record | None) -> Usage | None:
+    if record is None:
+        return None
+    known(record, "tokens", "complete")
+    return Usage(tokens_today=record["tokens"], complete=record.get("complete", True))
 
 
 def _recipe(fleet: Fleet, name: str, args: Record) -> Recipe:
@@ -302,7 +315,7 @@ def _gateways(
 
 
 def _gateway(fleet: Fleet, jobs: tuple[Job, ...], record: Record) -> GatewayView:
-    known(record, "name", "routes", "outdated", "old_workers", "error")
+    known(record, "name", "routes", "exhausted", "outdated", "old_workers", "error")
     if record.get("error") is not None:
         return GatewayView(name=record["name"], error=record["error"])
     ready = [job.id for job in jobs if job.run is not None and job.run.ready_at is not None]
@@ -311,12 +324,14 @@ def _gateway(fleet: Fleet, jobs: tuple[Job, ...], record: Record) -> GatewayView
         _gone(route) if isinstance(route, dict) else _target(by_id[route])
         for route in record.get("routes", ready)
     ]
-    files = rendered(fleet, targets)
+    exhausted = tuple(record.get("exhausted", ()))
+    files = rendered(fleet, targets, exhausted=exhausted)
     return GatewayView(
         name=record["name"],
         generation="outdated" if record.get("outdated") else files.generation,
         targets=tuple(sorted(targets)),
         old_workers=record.get("old_workers", 0),
+        exhausted=exhausted,
     )
 
 

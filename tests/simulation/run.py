@@ -5,7 +5,7 @@ any more, the fleet becomes what the spec says within a bound, and stays so.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -401,6 +401,9 @@ def _difference(plan: Plan) -> str:
 # -- what is pure is worked out once
 
 
+_Rendered = tuple[int, tuple[Target, ...], Trust | None, tuple[str, ...]]
+
+
 @contextmanager
 def harness(simulation: Simulation) -> Iterator[None]:
     """Show each plan to the running simulation, and look up what pure functions gave before.
@@ -408,7 +411,7 @@ def harness(simulation: Simulation) -> Iterator[None]:
     The reconciler's code runs as it is: only rendering, hashing and parsing, which would take
     most of a cycle and are pure, are not done again for the same arguments.
     """
-    rendered: dict[tuple[int, tuple[Target, ...], Trust | None], GatewayFiles] = {}
+    rendered: dict[_Rendered, GatewayFiles] = {}
     revisions: dict[tuple[int, str, Access], str] = {}
     kept: list[object] = []  # an id is one object's only while that lives
     plain_revision = Model.revision
@@ -418,11 +421,16 @@ def harness(simulation: Simulation) -> Iterator[None]:
         simulation.planned(decided)
         return decided
 
-    def render(fleet: Fleet, targets: Iterable[Target], trust: Trust | None = None) -> GatewayFiles:
-        key = (id(fleet), tuple(sorted(targets)), trust)
+    def render(
+        fleet: Fleet,
+        targets: Iterable[Target],
+        trust: Trust | None = None,
+        exhausted: Collection[str] = (),
+    ) -> GatewayFiles:
+        key = (id(fleet), tuple(sorted(targets)), trust, tuple(exhausted))
         if key not in rendered:
             kept.append(fleet)
-            rendered[key] = render_gateway(fleet, key[1], trust)
+            rendered[key] = render_gateway(fleet, key[1], trust, key[3])
         return rendered[key]
 
     def revision(model: Model, image_digest: str, access: Access = "protected") -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from reconciler.adapters import slurm_cli
-from reconciler.adapters.ports import ImagePin, Listing, Result
+from reconciler.adapters.ports import ImagePin, Listing, LogPart, Result
 from reconciler.batch import slurm_time
 from reconciler.errors import (
     GatewayFailed,
@@ -36,7 +36,9 @@ from reconciler.state import (
     Memory,
     Probe,
     Trust,
+    Usage,
 )
+from reconciler.usage import Tallies
 from tests.simulation.cluster import USER, Cluster, Engine, SimJob
 from tests.simulation.gateways import Configuration, SimGateway
 from tests.simulation.secrets import MemorySecrets
@@ -430,6 +432,11 @@ class SimGateways:
             if world.strikes("change_lost"):
                 raise GatewayFailed(f"gateway {name}: no answer in 30 s")
 
+    def log(self, name: str, position: str) -> LogPart:
+        """Nothing: what is counted decides nothing that the simulator judges."""
+        assert name in self.world.gateways
+        return LogPart(lines=b"", position=position, ended=True)
+
     def _reload(self, gateway: SimGateway) -> None:
         self._finish_reload(gateway)  # NGINX does one after the other
         world, before = self.world, gateway.running
@@ -548,6 +555,17 @@ class SimStore:
             self.world.lied = False
         for job in self.world.cluster.jobs.values():
             job.remembered = job.listed and job.state != "COMPLETING"
+
+    def log_positions(self) -> Mapping[str, str]:
+        return dict.fromkeys(self.world.gateways, "")
+
+    def count(self, gateway: str, part: LogPart, tallies: Tallies) -> None:
+        raise AssertionError(f"{gateway} has no log to count: {part}, {tallies}")
+
+    def usage(self, at: float, gateways: frozenset[str]) -> tuple[Usage, None]:
+        assert at > 0
+        assert gateways
+        return Usage(tokens_today={}, complete=True), None
 
     @contextmanager
     def locked(self) -> Iterator[None]:

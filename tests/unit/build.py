@@ -1,7 +1,7 @@
 """Small makers of specs and observations: each names only what its test is about."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from reconciler.naming import Comment, ReplicaName, Run
@@ -140,10 +140,15 @@ def trusted(targets: Iterable[Target], ring: Keyring = RING) -> Trust | None:
     return None if key is None else Trust(key=key, authority=ring.authority)
 
 
-def rendered(wanted: Fleet, targets: Iterable[Target], ring: Keyring = RING) -> GatewayFiles:
+def rendered(
+    wanted: Fleet,
+    targets: Iterable[Target],
+    ring: Keyring = RING,
+    exhausted: Collection[str] = (),
+) -> GatewayFiles:
     """What a gateway that routes to these targets runs."""
     ordered = tuple(targets)
-    return render_gateway(wanted, ordered, trusted(ordered, ring))
+    return render_gateway(wanted, ordered, trusted(ordered, ring), exhausted)
 
 
 def view(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from reconciler.adapters.ports import ImagePin, Listing
+from reconciler.adapters.ports import ImagePin, Listing, LogPart
 from reconciler.adapters.ports import Result as Ended
 from reconciler.adapters.store import FILE, SqliteStore
 from reconciler.cli import main
@@ -91,7 +91,10 @@ def fake_world(monkeypatch: pytest.MonkeyPatch, *jobs: Job, error: str = "") -> 
     slurm = SimpleNamespace(jobs=listing, nodes=dict[str, str])
     pins: Mapping[str, ImagePin] = {"engine": ImagePin(program="/opt/engine", digest=DIGEST)}
     images = SimpleNamespace(pins=lambda _: (pins, {}))
-    gateways = SimpleNamespace(look=lambda: (view(FLEET),))
+    gateways = SimpleNamespace(
+        look=lambda: (view(FLEET),),
+        log=lambda _, position: LogPart(lines=b"", position=position, ended=True),
+    )
     engines = SimpleNamespace(probe=lambda *_: observation(*jobs).probes)
     monkeypatch.setattr("reconciler.adapters.slurm_cli.SlurmCli", lambda *_: slurm)
     monkeypatch.setattr("reconciler.adapters.images.ImageFolder", lambda *_: images)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from reconciler.adapters.ports import Listing, Result
+from reconciler.adapters.ports import Listing, LogPart, Result
 from reconciler.errors import (
     FleetError,
     GatewayFailed,
@@ -22,7 +22,8 @@ from reconciler.observe import World
 from reconciler.plan import Action, Cancel, Drain, JobRef, Plan, Reason, Route, Submit
 from reconciler.planner import plan
 from reconciler.routes import GatewayFiles
-from reconciler.state import GatewayView, Job, Memory, Recipe
+from reconciler.state import GatewayView, Job, Memory, Recipe, Usage
+from reconciler.usage import Tallies
 from tests.simulation.secrets import MemorySecrets
 from tests.unit.build import (
     DIGEST,
@@ -120,6 +121,10 @@ class FakeGateways:
     def change(self, name: str, files: GatewayFiles) -> None:
         self.world._do(f"change {name} {files.generation}")
 
+    def log(self, name: str, position: str) -> LogPart:
+        assert name
+        return LogPart(lines=b"", position=position, ended=True)
+
 
 @dataclass
 class FakeJournal:
@@ -143,6 +148,19 @@ class FakeJournal:
     def save(self, memory: Memory) -> None:
         assert memory is not None
         self._write(f"memory saved, {len(self.done)} done")
+
+    def log_positions(self) -> Mapping[str, str]:
+        return {}
+
+    def count(self, gateway: str, part: LogPart, tallies: Tallies) -> None:
+        assert gateway
+        assert part.ended
+        assert tallies == Tallies()
+
+    def usage(self, at: float, gateways: frozenset[str]) -> tuple[Usage, None]:
+        assert at
+        assert gateways
+        return Usage(tokens_today={}, complete=True), None
 
     def locked(self) -> AbstractContextManager[None]:
         return nullcontext()

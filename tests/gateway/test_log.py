@@ -1,0 +1,185 @@
+"""What passes the gateway stays as it is, and the access log says how each request went."""
+
+import hashlib
+import http.client
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reconciler.state import Target
+from reconciler.usage import tally
+from tests.gateway.nginx import Nginx, ask, free_port, running
+from tests.gateway.replica import ANSWER, DONE, TELLING, replica, whole
+from tests.lab.wait import wait_for
+from tests.unit.build import fleet, model_record
+
+KEY = "sk-0123456789"
+CALLER = {"Authorization": f"Bearer {KEY}"}
+TENANTS = [{"name": "alice", "key_sha256": [hashlib.sha256(KEY.encode()).hexdigest()]}]
+PATHS = ("/v1/completions", "/v1/chat/completions", "/m/tiny/v1/completions")
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """An NGINX in front of one replica."""
+
+    nginx: Nginx
+    port: int
+    folder: Path
+
+    def send(self, id: str, path: str = "/v1/completions", **body: Any) -> bytes:
+        """Send a completion and return the answer's body, as far as it came."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        text = json.dumps({"model": "tiny", "prompt": "secret words", **body}, ensure_ascii=False)
+        headers = {"Content-Type": "application/json", "X-Request-Id": id, **CALLER}
+        try:
+            connection.request("POST", path, text.encode(), headers)
+            return connection.getresponse().read()
+        except http.client.IncompleteRead as cut:
+            return cut.partial
+        finally:
+            connection.close()
+
+    def leave(self, id: str) -> None:
+        """Leave in the middle of a stream."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        body = json.dumps({"model": "tiny", "prompt": "wait", "stream": True})
+        connection.request("POST", "/v1/completions", body, {"X-Request-Id": id, **CALLER})
+        connection.getresponse().read(1)
+        connection.close()
+
+    @property
+    def log(self) -> bytes:
+        path = self.folder / "access.log"
+        return path.read_bytes() if path.exists() else b""
+
+    def logged(self, id: str) -> dict[str, Any]:
+        """Return the one line of a request."""
+
+        def found() -> list[dict[str, Any]]:
+            records = [json.loads(line) for line in self.log.splitlines()]
+            return [record for record in records if record["id"] == id]
+
+        [record] = wait_for(f"the line of {id}", found)
+        return record
+
+
+@pytest.fixture(scope="module", params=["bookworm", "trixie"])
+def gateway(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Gateway]:
+    """A gateway with one tenant and two models, of which one has a replica (job 77)."""
+    folder = tmp_path_factory.mktemp("gateway")
+    port = free_port()
+    record = {"listen": port, "hosts": [{"name": "gateway"}]}
+    wanted = fleet(model_record(), model_record(name="cold"), gateway=record, tenants=TENANTS)
+    with running(request.param, folder) as nginx, replica() as behind:
+        address = f"127.0.0.1:{behind}"
+        nginx.change(wanted, [Target(model="tiny", job_id=77, submitted_at=1, address=address)])
+        yield Gateway(nginx, port, folder)
+        assert nginx.faults == []
+
+
+def test_stream_is_the_engines_own_whatever_its_pieces(gateway: Gateway) -> None:
+    """Who asks for usage gets all of it, who does not gets all but that; both are counted."""
+    sizes = (1, 2, 7, 61, 100, 333, 100_000)
+    cases = [(path, size, asks) for path in PATHS for size in sizes for asks in (True, False)]
+    for at, (path, size, asks) in enumerate(cases):
+        options = {"stream_options": {"include_usage": True}} if asks else {}
+        got = gateway.send(f"stream-{at}", path, stream=True, size=size, **options)
+        assert got == (ANSWER + TELLING + DONE if asks else ANSWER + DONE), (path, size, asks)
+    for at, (path, _, _) in enumerate(cases):
+        record = gateway.logged(f"stream-{at}")
+        assert (record["prompt_tokens"], record["completion_tokens"]) == (3, 5)
+        assert (record["finish"], record["path"]) == ("length", path)
+
+
+@pytest.mark.parametrize("options", [None, {}, {"include_usage": False}, {"include_usage": None}])
+def test_usage_is_asked_for_beside_what_the_client_says(gateway: Gateway, options: Any) -> None:
+    """A client that says no gets no usage, and is counted all the same."""
+    id = f"options-{options}".replace(" ", "").replace("'", "").replace("{", "").replace("}", "")
+    body = gateway.send(id, stream=True, stream_options=options)
+    assert body == ANSWER + DONE
+    assert gateway.logged(id)["completion_tokens"] == 5
+
+
+@pytest.mark.parametrize("times", [1, 5000])
+def test_whole_answer_is_the_engines_own(gateway: Gateway, times: int) -> None:
+    """Small or of many buffers: every byte arrives, and its tokens are counted."""
+    id = f"whole-{times}"
+    assert gateway.send(id, times=times) == whole({"times": times})
+    record = gateway.logged(id)
+    assert (record["prompt_tokens"], record["completion_tokens"]) == (7, 2)
+    assert record["finish"] == "stop"
+    assert record["first_byte"] <= record["seconds"]
+    assert record["out"] > len(whole({"times": times}))
+
+
+def test_log_tells_who_asked_whom_and_how_it_ended(gateway: Gateway) -> None:
+    """Tenant, model, replica; an answer cut short, one that failed, a client that left."""
+    gateway.send("failed", prompt="fail", stream=True)
+    gateway.send("cut", prompt="cut", stream=True)
+    gateway.leave("left")
+    for id, finish in (("failed", "error"), ("cut", "cut"), ("left", "left")):
+        record = gateway.logged(id)
+        assert (record["finish"], record["status"]) == (finish, "200")
+        names = [record[name] for name in ("tenant", "model", "replica", "tries")]
+        assert names == ["alice", "tiny", "77", "200"]
+        assert record["pieces"] >= 1
+
+
+def test_own_answers_say_why_there_was_no_replica(gateway: Gateway) -> None:
+    """Demand for a model without a replica is seen, and who asked."""
+    gateway.send("cold", model="cold")
+    record = gateway.logged("cold")
+    assert (record["status"], record["error"]) == ("503", "model_not_ready")
+    assert (record["tenant"], record["model"], record["replica"]) == ("alice", "cold", "")
+    gateway.send("nope", model="nope")
+    record = gateway.logged("nope")
+    assert (record["status"], record["error"], record["model"]) == ("404", "model_not_found", "")
+    assert record["first_byte"] is None
+
+
+def test_no_request_forges_a_line_and_none_leaves_a_secret(gateway: Gateway) -> None:
+    """Whatever stands in path, query and headers, each request is one line that can be read."""
+    before = tally(gateway.log).days
+    strange = ['/v1/"},{"at":1', "/v1/%0a%22%7d%0a{", "/é", "/%ff%fe", "/v1/models?key=" + KEY]
+    for at, path in enumerate(strange):
+        headers = {"X-Request-Id": f'a"b\\\x01{at}', "User-Agent": '"}\\n{"', **CALLER}
+        path = "".join(c if c.isascii() else f"%{ord(c):02x}" for c in path)
+        ask_raw(gateway.port, path, headers)
+    gateway.send("last")
+    gateway.logged("last")
+    now = tally(gateway.log)
+    assert now.odd_lines == 0
+    counted = sum(one.requests for one in now.days.values())
+    assert counted - sum(one.requests for one in before.values()) == len(strange) + 1
+    assert KEY.encode() not in gateway.log
+    assert b"secret words" not in gateway.log
+
+
+def ask_raw(port: int, path: str, headers: dict[str, str]) -> None:
+    """Send what an HTTP library would refuse to."""
+    import socket
+
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    request = f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{lines}\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
+        sock.sendall(request.encode())
+        while sock.recv(65536):
+            pass
+
+
+def test_tenant_without_tokens_is_refused_and_counted(gateway: Gateway) -> None:
+    """A generation that says so answers 429 insufficient_quota to that tenant."""
+    port = free_port()
+    record = {"listen": port, "hosts": [{"name": "gateway"}]}
+    wanted = fleet(model_record(), gateway=record, tenants=TENANTS)
+    gateway.nginx.change(wanted, [], ["alice"])
+    answer = ask(port, "POST", "/v1/completions", {"model": "tiny"}, CALLER | {"X-Request-Id": "q"})
+    assert (answer.status, answer.body["error"]["code"]) == (429, "insufficient_quota")
+    assert gateway.logged("q")["error"] == "insufficient_quota"

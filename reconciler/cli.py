@@ -22,6 +22,7 @@ import click
 from reconciler import __version__
 from reconciler.backend_keys import backend_key
 from reconciler.errors import FleetError, PlanDiffers, SpecError
+from reconciler.tenants import tenant
 from reconciler.terminal import Ending, Progress, ending, record_of
 
 if TYPE_CHECKING:
@@ -90,11 +91,12 @@ def _fail(text: str, status: int = 1) -> NoReturn:
 def main() -> None:
     """Keep fleets of language models on Slurm as their specs in git say.
 
-    SPEC is a folder that holds fleet.yaml (and models/*.yaml).
+    SPEC is a folder that holds fleet.yaml (and models/*.yaml, tenants/*.yaml).
     """
 
 
 main.add_command(backend_key)
+main.add_command(tenant)
 
 
 @main.command()

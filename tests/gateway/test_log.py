@@ -4,7 +4,7 @@ import hashlib
 import http.client
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 
 from reconciler.state import Target
 from reconciler.usage import tally
-from tests.gateway.nginx import Nginx, ask, free_port, running
+from tests.gateway.nginx import Nginx, free_port, running
 from tests.gateway.replica import ANSWER, DONE, TELLING, replica, whole
 from tests.lab.wait import wait_for
 from tests.unit.build import fleet, model_record
@@ -180,6 +180,7 @@ def test_tenant_without_tokens_is_refused_and_counted(gateway: Gateway) -> None:
     record = {"listen": port, "hosts": [{"name": "gateway"}]}
     wanted = fleet(model_record(), gateway=record, tenants=TENANTS)
     gateway.nginx.change(wanted, [], ["alice"])
-    answer = ask(port, "POST", "/v1/completions", {"model": "tiny"}, CALLER | {"X-Request-Id": "q"})
-    assert (answer.status, answer.body["error"]["code"]) == (429, "insufficient_quota")
-    assert gateway.logged("q")["error"] == "insufficient_quota"
+    answer = json.loads(replace(gateway, port=port).send("q"))
+    assert answer["error"]["code"] == "insufficient_quota"
+    logged = gateway.logged("q")
+    assert (logged["status"], logged["error"]) == ("429", "insufficient_quota")

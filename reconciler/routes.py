@@ -26,6 +26,11 @@ _BODY_MAX = "8m"
 # allowed then. 30 s in all is what a client is promised.
 _RETRY_WINDOW_S = 25
 
+_BALANCE = "least_conn"
+# Each gateway counts its own connections only: were all to choose their least busy replica, all
+# would choose the same one.
+_BALANCE_OF_SEVERAL = "random two least_conn"
+
 _TOO_LARGE = {
     "message": f"The request is larger than {_BODY_MAX}.",
     "type": "invalid_request_error",
@@ -106,7 +111,8 @@ def _entry(target: Target) -> Mapping[str, str | int]:
 
 
 def _fleet_conf(fleet: Fleet, by_model: Mapping[str, list[Target]]) -> str:
-    upstreams = [_upstream(name, members) for name, members in by_model.items() if members]
+    balance = _BALANCE if len(fleet.gateway.hosts) == 1 else _BALANCE_OF_SEVERAL
+    upstreams = [_upstream(name, members, balance) for name, members in by_model.items() if members]
     most = max(map(len, by_model.values()), default=0)
     values = {
         "STATUS_ADDRESS": STATUS_ADDRESS,
@@ -125,12 +131,12 @@ def _filled(template: str, values: Mapping[str, str]) -> str:
     return _MARK.sub(lambda mark: values.get(mark[1], mark[0]), template)
 
 
-def _upstream(model: str, members: list[Target]) -> str:
+def _upstream(model: str, members: list[Target], balance: str) -> str:
     # One failure takes a replica out for 5 s: a dead node costs 2 s to each request that tries it.
     servers = "".join(
         f"    server {t.address} max_fails=1 fail_timeout=5s;  # job {t.job_id}\n" for t in members
     )
-    head = f"upstream model.{model} {{\n    zone model.{model} 128k;\n    least_conn;\n"
+    head = f"upstream model.{model} {{\n    zone model.{model} 128k;\n    {balance};\n"
     return f"{head}{servers}    keepalive 64;\n}}\n"
 
 

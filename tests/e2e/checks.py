@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from tests.lab.fleet import Fleet
-from tests.lab.load import Load, Request, in_flight
+from tests.lab.load import Client, Load, Request, constant
 from tests.lab.wait import wait_for
 
-# Requests are looked up in the gateway's log by their ids, so no two batches have the same.
-_BATCHES = itertools.count()
+# Requests are looked up in the gateway's log by their ids, so no two loads have the same.
+_LOADS = itertools.count()
 
 LIVE = ("PENDING", "RUNNING", "COMPLETING")
 
@@ -38,22 +38,31 @@ def running(fleet: Fleet, env: Mapping[str, str] | None = None) -> Iterator[None
 def under_load(
     fleet: Fleet, work: Callable[[], object], *, streams: int = 3, tokens: int = 100
 ) -> list[Request]:
-    """Do the work with requests in flight, batch after batch until it is done; return them all."""
+    """Do the work under the load of `mixed` clients at every gateway; return all requests."""
+    clients = [client for url in fleet.urls for client in mixed(url, streams, tokens)]
+    return under(clients, work)
 
-    async def go() -> list[Load]:
-        loads: list[Load] = []
-        doing: asyncio.Task[object] | None = None
-        while doing is None or not doing.done():
-            name = f"batch-{next(_BATCHES)}"
-            async with in_flight(
-                fleet.url, "tiny", plain=3, streams=streams, tokens=tokens, name=name
-            ) as load:
-                doing = doing or asyncio.create_task(asyncio.to_thread(work))
-                loads.append(load)
-        await doing
-        return loads
 
-    return [request for load in asyncio.run(go()) for request in load.requests]
+def mixed(url: str, streams: int, tokens: int) -> list[Client]:
+    """Return clients of every kind, half of the streams of the official client."""
+    kinds = [("openai", "http")[n % 2] for n in range(streams)]
+    return [
+        *(Client(url=url, how=how, tokens=tokens) for how in ("openai", "http", "upload")),
+        # Of this one there are many while of another there is one.
+        Client(url=url, how="raw", tokens=5),
+        *(Client(url=url, how=how, stream=True, tokens=tokens) for how in kinds),
+    ]
+
+
+def under(clients: Sequence[Client], work: Callable[[], object]) -> list[Request]:
+    """Do the work while the clients ask all the time; return what became of all requests."""
+
+    async def go() -> Load:
+        async with constant(clients, name=f"load-{next(_LOADS)}") as load:
+            await asyncio.to_thread(work)
+        return load
+
+    return asyncio.run(go()).requests
 
 
 def lost(requests: Sequence[Request]) -> list[str]:

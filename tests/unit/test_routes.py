@@ -163,3 +163,13 @@ def test_tries_of_a_request_are_bounded() -> None:
     for made, tries in ((targets()[:1], 2), (targets(), 2), (many[:3], 3), (many, 5)):
         text = render_gateway(fleet(), made).files["fleet.conf"]
         assert f"proxy_next_upstream_tries {tries};" in text
+
+
+def test_gateways_of_which_there_are_several_do_not_all_choose_the_same_replica() -> None:
+    """Each counts its own connections: one alone takes the least busy, several the less of two."""
+    hosts = [{"name": "gateway"}, {"name": "other"}]
+    texts = [
+        render_gateway(fleet(gateway={"hosts": hosts[:count]}), targets()).files["fleet.conf"]
+        for count in (1, 2)
+    ]
+    assert ["random two least_conn;" in text for text in texts] == [False, True]

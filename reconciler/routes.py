@@ -122,6 +122,7 @@ def _fleet_conf(fleet: Fleet, by_model: Mapping[str, list[Target]]) -> str:
         "BODY_MAX": _BODY_MAX,
         "RETRY_WINDOW": str(_RETRY_WINDOW_S),
         "TRIES": str(max(2, min(most, 5))),
+        "DIRECTORY": fleet.gateway.directory,
     }
     return "\n".join([*upstreams, _filled(_GATEWAY_CONF, values)])
 

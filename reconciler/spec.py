@@ -157,7 +157,10 @@ class Gateway(Strict):
 
     listen: Annotated[int, Field(ge=1, le=65535)] = 8080
     server_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9.-]*$")] = "_"
-    directory: AbsolutePath = "/var/lib/modelfleet/gateway"
+    # It stands unquoted in NGINX's configuration.
+    directory: Annotated[AbsolutePath, Field(pattern=r"^[A-Za-z0-9_./@+-]+$")] = (
+        "/var/lib/modelfleet/gateway"
+    )
     hosts: Annotated[tuple[GatewayHost, ...], Field(strict=False)]
 
 

@@ -42,20 +42,31 @@ change)
   tar -x -C "$part" -f -
   ln -s ../base.conf "$part/nginx.conf"
   nginx -t -q -c "$part/nginx.conf"
+  before=$(running)
   previous=$(readlink "$folder/current" || true)
   # A folder of that name holds the same files: its name is their hash.
   [ -d "$staged" ] || mv "$part" "$staged"
+  rm -f "$staged/closing"
   ln -sfn "gen-$generation" "$folder/current.part.$$"
   mv -T "$folder/current.part.$$" "$folder/current"
+  if [ -n "$before" ] && [ "$before" != "$generation" ]; then
+    # From now on answers end their connections (gateway.js): half a second later who asks again
+    # and again has none left that the reload could close.
+    touch "$folder/gen-$before/closing" || true # somebody has removed the folder
+    sleep 0.5
+  fi
   nginx -s reload -c "$conf"
   # The new workers answer within moments; until then the old generation may.
+  # One answer of theirs counts: an old worker may still take the next question.
   tries=0
-  while [ "$(running)" != "$generation" ] && [ "$tries" -lt 100 ]; do
+  answer=$(running)
+  while [ "$answer" != "$generation" ] && [ "$tries" -lt 100 ]; do
     tries=$((tries + 1))
     sleep 0.1
+    answer=$(running)
   done
-  answer=$(running)
   if [ "$answer" != "$generation" ]; then
+    rm -f "$folder/gen-$before/closing"
     # What runs must match what a restart would read: put the old link back.
     if [ -n "$previous" ]; then
       ln -sfn "$previous" "$folder/current.part.$$"

@@ -5,6 +5,8 @@ const FLEET = JSON.parse("{\"fleet\": \"demo\", \"listed\": [\"tiny\", \"org/Tin
 //   names   what a client may call a model -> the model's own name
 //   listed  these names, in the spec's order
 //   states  the model's own name -> ready, starting or stopped
+import fs from 'fs';
+
 function error(r, status, code, message) {
     r.headersOut['Content-Type'] = 'application/json';
     const body = {message: message, type: 'invalid_request_error', code: code};
@@ -49,4 +51,12 @@ function models(r) {
     r.return(200, JSON.stringify({object: 'list', data: data}));
 }
 
-export default {route, models, notFound};
+// NGINX ends idle connections at a reload, although a request may be on its way on one. So for a
+// moment before, and for as long as an old worker lives, each answer asks the client to end its own.
+// HTTP/2 has frames for that, and forbids the header.
+function connection(r) {
+    const closing = fs.statSync(r.variables.fleet_closing, {throwIfNoEntry: false});
+    return closing && r.httpVersion < '2' ? 'close' : '';
+}
+
+export default {route, models, notFound, connection};

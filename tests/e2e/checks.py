@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ from tests.lab.wait import wait_for
 
 # Requests are looked up in the gateway's log by their ids, so no two loads have the same.
 _LOADS = itertools.count()
+_NAMES = itertools.count()
 
 LIVE = ("PENDING", "RUNNING", "COMPLETING")
 
@@ -24,10 +26,19 @@ def routed(fleet: Fleet) -> list[str]:
     return sorted(str(r["job_id"]) for r in fleet.replicas() if r["routed"])
 
 
+def reconfigure(fleet: Fleet) -> None:
+    """Edit the spec so that the gateways get another configuration, which routes the same."""
+    now = re.search(r"  listen: 8080\n(  server_name: .*\n)?", fleet.spec_file.read_text())
+    assert now is not None
+    fleet.edit(now[0], f"  listen: 8080\n  server_name: name-{next(_NAMES)}\n")
+
+
 @contextmanager
-def running(fleet: Fleet, env: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Have `fleet run` at work, one cycle a second."""
-    command = fleet.command("run", "--interval", "1")
+def running(
+    fleet: Fleet, env: Mapping[str, str] | None = None, *, interval: str = "1"
+) -> Iterator[None]:
+    """Have `fleet run` at work, by default one cycle a second."""
+    command = fleet.command("run", "--interval", interval)
     with fleet.lab.popen("login", command, env=env) as reconciler:
         try:
             yield
@@ -54,12 +65,19 @@ def mixed(url: str, streams: int, tokens: int) -> list[Client]:
     ]
 
 
-def under(clients: Sequence[Client], work: Callable[[], object]) -> list[Request]:
-    """Do the work while the clients ask all the time; return what became of all requests."""
+def under(
+    clients: Sequence[Client], work: Callable[[], object], *, at_least: int = 0
+) -> list[Request]:
+    """Do the work while the clients ask all the time; return what became of all requests.
+
+    They go on asking until there are `at_least` so many.
+    """
 
     async def go() -> Load:
         async with constant(clients, name=f"load-{next(_LOADS)}") as load:
             await asyncio.to_thread(work)
+            while len(load.requests) < at_least:
+                await asyncio.sleep(0.1)
         return load
 
     return asyncio.run(go()).requests

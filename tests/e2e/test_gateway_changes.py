@@ -10,13 +10,24 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.checks import assert_settled, live, lost, mixed, routed, running, under, under_load
+from tests.e2e.checks import (
+    assert_settled,
+    live,
+    lost,
+    mixed,
+    reconfigure,
+    routed,
+    running,
+    under,
+    under_load,
+)
 from tests.lab import Lab
 from tests.lab.fleet import Fleet, gateway_log
+from tests.lab.load import Client
 from tests.lab.wait import wait_for
 
 BASE = "/var/lib/modelfleet/gateway/base.conf"
-RELOADS = 200 if os.environ.get("SOAK") else 40
+RELOADS = 200 if os.environ.get("SOAK") else 12
 
 
 @pytest.fixture
@@ -101,10 +112,20 @@ def test_an_unreachable_gateway_holds_back_drains_and_nothing_else(served: Fleet
 
 def test_reloads_in_a_row_lose_no_request(served: Fleet) -> None:
     """Old workers finish what they have; whoever asks next is served by the new ones."""
-    reload = "nginx -s reload -c /var/lib/modelfleet/gateway/current/nginx.conf; sleep 0.1"
-    loop = ["sh", "-c", f"for n in $(seq {RELOADS}); do {reload}; done"]
-    requests = under_load(served, lambda: served.lab.run("gateway", loop, timeout=300))
-    assert lost(requests) == []
+    hasty = [Client(url=url, how="raw", tokens=1) for url in served.urls for _ in range(8)]
+    patient = [client for url in served.urls for client in mixed(url, streams=3, tokens=100)]
+
+    def reload() -> None:
+        before = set(_generations(served))
+        reconfigure(served)
+        wait_for("all to reload", lambda: before.isdisjoint(_generations(served)))
+
+    def reloads() -> None:
+        for _ in range(RELOADS):
+            reload()
+
+    with running(served, interval="0.1"):
+        assert lost(under([*hasty, *patient], reloads)) == []
 
 
 def test_a_power_cut_costs_only_the_streams_that_had_begun_there(served: Fleet) -> None:

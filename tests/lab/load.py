@@ -62,7 +62,7 @@ async def in_flight(
         [Request(id=f"{name}-plain-{n}", stream=False, model=model) for n in range(plain)]
         + [Request(id=f"{name}-stream-{n}", stream=True, model=model) for n in range(streams)]
     )
-    async with aclosing(_Http(url)) as http:
+    async with aclosing(_Http(url, "none")) as http:
         tasks = [asyncio.create_task(_timed(http.send, r, tokens)) for r in load.requests]
         while not all(r.chunks or r.seconds for r in load.of(stream=True)):
             await asyncio.sleep(0.02)
@@ -84,6 +84,7 @@ class Client:
     stream: bool = False
     model: str = "tiny"
     tokens: int = 100
+    key: str = "none"
 
 
 @asynccontextmanager
@@ -107,7 +108,7 @@ async def constant(clients: Sequence[Client], *, name: str = "load") -> AsyncIte
 async def _ask(client: Client, name: str, requests: list[Request], enough: asyncio.Event) -> None:
     """Ask at least once, and again until it is enough."""
     count = 0
-    async with aclosing(_WAYS[client.how](client.url)) as way:
+    async with aclosing(_WAYS[client.how](client.url, client.key)) as way:
         while count == 0 or not enough.is_set():
             request = Request(id=f"{name}-{count}", stream=client.stream, model=client.model)
             requests.append(request)
@@ -151,8 +152,9 @@ class _Way(Protocol):
 class _Http:
     """Any HTTP client: httpx."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, key: str) -> None:
         self._url = f"{url}/v1/completions"
+        self._key = key
         limits = httpx.Limits(max_connections=None)
         self._client = httpx.AsyncClient(timeout=PATIENCE_S, limits=limits, trust_env=False)
 
@@ -163,8 +165,8 @@ class _Http:
         await self._post(request, {"json": _body(request, tokens)})
 
     async def _post(self, request: Request, body: Mapping[str, Any]) -> None:
-        headers = {"X-Request-Id": request.id, **body.get("headers", {})}
-        sent = {**body, "headers": headers}
+        headers = {"X-Request-Id": request.id, "Authorization": f"Bearer {self._key}"}
+        sent = {**body, "headers": headers | body.get("headers", {})}
         async with self._client.stream("POST", self._url, **sent) as answer:
             request.status = answer.status_code
             if not request.stream or answer.status_code != 200:
@@ -193,9 +195,9 @@ class _Upload(_Http):
 class _OpenAI:
     """The official Python client, without its own retries."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, key: str) -> None:
         self._client = openai.AsyncOpenAI(
-            base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S
+            base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=PATIENCE_S
         )
 
     async def aclose(self) -> None:
@@ -222,7 +224,8 @@ class _OpenAI:
 class _Raw:
     """Plain requests over one connection, with no more work than they need; as wrk does."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, key: str) -> None:
+        self._key = key
         self._host, self._port = urlsplit(url).hostname, urlsplit(url).port
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -236,7 +239,7 @@ class _Raw:
         self._reader = self._writer = None
 
     async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        # The loop's turn to read: a connection that was closed meanwhile is not used again.
+        # Twice, so that what has come is read: a connection that was closed is not used again.
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         if self._reader is None or self._writer is None or self._reader.at_eof():
@@ -248,7 +251,8 @@ class _Raw:
         data = json.dumps(_body(request, tokens)).encode()
         head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: {self._host}\r\nX-Request-Id: {request.id}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+            f"Authorization: Bearer {self._key}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(data)}\r\n\r\n"
         )
         try:
             reader, writer = await self._connection()
@@ -277,7 +281,7 @@ async def _answer(reader: asyncio.StreamReader) -> tuple[int, str, bool]:
     return int(head.split()[1]), body.decode(), headers.get("connection") != "close"
 
 
-_WAYS: Mapping[str, Callable[[str], _Way]] = {
+_WAYS: Mapping[str, Callable[[str, str], _Way]] = {
     "http": _Http,
     "upload": _Upload,
     "openai": _OpenAI,

@@ -80,7 +80,9 @@ def under(
                 await asyncio.sleep(0.1)
         return load
 
-    return asyncio.run(go()).requests
+    requests = asyncio.run(go()).requests
+    print(f"{len(requests)} requests, {len(lost(requests))} lost")
+    return requests
 
 
 def lost(requests: Sequence[Request]) -> list[str]:

@@ -26,8 +26,9 @@ test: packages ## run all tests: unit, contract on real Slurm, end to end, real 
 	$(PYTEST) $(PARALLEL) $(addprefix --ignore=,$(ALONE))
 	$(PYTEST) $(ALONE)
 
-soak: packages ## run what takes long: many kills, many seeds
-	SOAK=1 $(PYTEST) $(PARALLEL) tests/e2e/test_kills.py
+soak: packages ## run what takes long: many kills, reloads, requests, seeds
+	SOAK=1 $(PYTEST) $(PARALLEL) tests/e2e/test_kills.py tests/e2e/test_gateway_changes.py \
+		tests/e2e/test_gateway_models.py
 	.venv/bin/python -m tests.simulation --soak 5000
 
 bench: packages ## print how fast plan(), the command line and a cycle of 1,000 jobs are, as ratios

@@ -25,6 +25,11 @@ STATUS_ADDRESS = "127.0.0.1:8091"
 # allowed then. 30 s in all is what a client is promised.
 _RETRY_WINDOW_S = 25
 
+_BALANCE = "least_conn"
+# Each gateway counts its own connections only: were all to choose their least busy replica, all
+# would choose the same one.
+_BALANCE_OF_SEVERAL = "random two least_conn"
+
 # Some thousand tenants: NGINX forgets the one that has not called for the longest.
 _ZONE = "256k"
 # `http2 on`, which NGINX before 1.25.1 does not know: gateway.sh writes it as that takes it.
@@ -179,7 +184,10 @@ def _entry(target: Target) -> Mapping[str, object]:
 
 
 def _fleet_conf(fleet: Fleet, by_model: Mapping[str, list[Target]], trust: Trust | None) -> str:
-    upstreams = [text for name, members in by_model.items() for text in _upstreams(name, members)]
+    balance = _BALANCE if len(fleet.gateway.hosts) == 1 else _BALANCE_OF_SEVERAL
+    upstreams = [
+        text for name, members in by_model.items() for text in _upstreams(name, members, balance)
+    ]
     if trust is not None:
         upstreams.append(f"include {KEY_FILE};\n")
     protected = "" if trust is None else _PROTECTED
@@ -242,22 +250,22 @@ def _filled(template: str, values: Mapping[str, str]) -> str:
     return _MARK.sub(lambda mark: values.get(mark[1], mark[0]), template)
 
 
-def _upstreams(model: str, members: list[Target]) -> Iterator[str]:
+def _upstreams(model: str, members: list[Target], balance: str) -> Iterator[str]:
     """Yield a model's upstreams: of its protected replicas, and of those that are open."""
     for kind, some in (
         ("model", [target for target in members if target.keys]),
         ("open", [target for target in members if not target.keys]),
     ):
         if some:
-            yield _upstream(f"{kind}.{model}", some)
+            yield _upstream(f"{kind}.{model}", some, balance)
 
 
-def _upstream(name: str, members: list[Target]) -> str:
+def _upstream(name: str, members: list[Target], balance: str) -> str:
     # One failure takes a replica out for 5 s: a dead node costs 2 s to each request that tries it.
     servers = "".join(
         f"    server {t.address} max_fails=1 fail_timeout=5s;  # job {t.job_id}\n" for t in members
     )
-    head = f"upstream {name} {{\n    zone {name} 128k;\n    least_conn;\n"
+    head = f"upstream {name} {{\n    zone {name} 128k;\n    {balance};\n"
     return f"{head}{servers}    keepalive 64;\n}}\n"
 
 

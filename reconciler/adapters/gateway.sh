@@ -48,6 +48,7 @@ change)
     sed -i -e '/^ *http2 on;$/d' -e 's/^\( *listen .* ssl\);$/\1 http2;/' "$part/fleet.conf"
   fi
   nginx -t -q -c "$part/nginx.conf"
+  before=$(running)
   previous=$(readlink "$folder/current" || true)
   # A folder of that name holds the same files (its name is their hash), but for a key: old ones are
   # removed.
@@ -56,8 +57,15 @@ change)
   elif [ -e "$part/replica-key.conf" ]; then
     mv "$part/replica-key.conf" "$staged/"
   fi
+  rm -f "$staged/closing"
   ln -sfn "gen-$generation" "$folder/current.part.$$"
   mv -T "$folder/current.part.$$" "$folder/current"
+  if [ -n "$before" ] && [ "$before" != "$generation" ]; then
+    # From now on answers end their connections (gateway.js): half a second later who asks again
+    # and again has none left that the reload could close.
+    touch "$folder/gen-$before/closing" || true # somebody has removed the folder
+    sleep 0.5
+  fi
   nginx -s reload -c "$conf"
   # The new workers answer within moments; until then the old generation may.
   # One answer of theirs counts: an old worker may still take the next question.
@@ -69,6 +77,7 @@ change)
     answer=$(running)
   done
   if [ "$answer" != "$generation" ]; then
+    rm -f "$folder/gen-$before/closing"
     # What runs must match what a restart would read: put the old link back.
     if [ -n "$previous" ]; then
       ln -sfn "$previous" "$folder/current.part.$$"

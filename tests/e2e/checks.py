@@ -2,15 +2,17 @@
 
 import asyncio
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from tests.lab.fleet import Fleet
-from tests.lab.load import Load, Request, in_flight
+from tests.lab.load import Client, Load, Request, constant
 from tests.lab.wait import wait_for
 
-# Requests are looked up in the gateway's log by their ids, so no two batches have the same.
-_BATCHES = itertools.count()
+# Requests are looked up in the gateway's log by their ids, so no two loads have the same.
+_LOADS = itertools.count()
+_NAMES = itertools.count()
 
 LIVE = ("PENDING", "RUNNING", "COMPLETING")
 
@@ -24,10 +26,19 @@ def routed(fleet: Fleet) -> list[str]:
     return sorted(str(r["job_id"]) for r in fleet.replicas() if r["routed"])
 
 
+def reconfigure(fleet: Fleet) -> None:
+    """Edit the spec so that the gateways get another configuration, which routes the same."""
+    now = re.search(r"  listen: 8080\n(  server_name: .*\n)?", fleet.spec_file.read_text())
+    assert now is not None
+    fleet.edit(now[0], f"  listen: 8080\n  server_name: name-{next(_NAMES)}\n")
+
+
 @contextmanager
-def running(fleet: Fleet, env: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Have `fleet run` at work, one cycle a second."""
-    command = fleet.command("run", "--interval", "1")
+def running(
+    fleet: Fleet, env: Mapping[str, str] | None = None, *, interval: str = "1"
+) -> Iterator[None]:
+    """Have `fleet run` at work, by default one cycle a second."""
+    command = fleet.command("run", "--interval", interval)
     with fleet.lab.popen("login", command, env=env) as reconciler:
         try:
             yield
@@ -38,22 +49,40 @@ def running(fleet: Fleet, env: Mapping[str, str] | None = None) -> Iterator[None
 def under_load(
     fleet: Fleet, work: Callable[[], object], *, streams: int = 3, tokens: int = 100
 ) -> list[Request]:
-    """Do the work with requests in flight, batch after batch until it is done; return them all."""
+    """Do the work under the load of `mixed` clients at every gateway; return all requests."""
+    clients = [client for url in fleet.urls for client in mixed(url, streams, tokens)]
+    return under(clients, work)
 
-    async def go() -> list[Load]:
-        loads: list[Load] = []
-        doing: asyncio.Task[object] | None = None
-        while doing is None or not doing.done():
-            name = f"batch-{next(_BATCHES)}"
-            async with in_flight(
-                fleet.url, "tiny", plain=3, streams=streams, tokens=tokens, name=name
-            ) as load:
-                doing = doing or asyncio.create_task(asyncio.to_thread(work))
-                loads.append(load)
-        await doing
-        return loads
 
-    return [request for load in asyncio.run(go()) for request in load.requests]
+def mixed(url: str, streams: int, tokens: int) -> list[Client]:
+    """Return clients of every kind, half of the streams of the official client."""
+    kinds = [("openai", "http")[n % 2] for n in range(streams)]
+    return [
+        *(Client(url=url, how=how, tokens=tokens) for how in ("openai", "http", "upload")),
+        # Of this one there are many while of another there is one.
+        Client(url=url, how="raw", tokens=5),
+        *(Client(url=url, how=how, stream=True, tokens=tokens) for how in kinds),
+    ]
+
+
+def under(
+    clients: Sequence[Client], work: Callable[[], object], *, at_least: int = 0
+) -> list[Request]:
+    """Do the work while the clients ask all the time; return what became of all requests.
+
+    They go on asking until there are `at_least` so many.
+    """
+
+    async def go() -> Load:
+        async with constant(clients, name=f"load-{next(_LOADS)}") as load:
+            await asyncio.to_thread(work)
+            while len(load.requests) < at_least:
+                await asyncio.sleep(0.1)
+        return load
+
+    requests = asyncio.run(go()).requests
+    print(f"{len(requests)} requests, {len(lost(requests))} lost")
+    return requests
 
 
 def lost(requests: Sequence[Request]) -> list[str]:

@@ -1,10 +1,10 @@
 """A replica's life: its walltime ends, its node is wanted, its block is deleted."""
 
-import asyncio
 from collections.abc import Callable
 
+from tests.e2e.checks import lost, running, under_load
 from tests.lab.fleet import Fleet
-from tests.lab.load import Load, in_flight
+from tests.lab.load import Request
 from tests.lab.wait import wait_for
 
 
@@ -17,30 +17,12 @@ def _ids(fleet: Fleet) -> set[int]:
     return {replica["job_id"] for replica in fleet.replicas() if replica["routed"]}
 
 
-def _under_load(fleet: Fleet, done: Callable[[], bool], timeout_s: float) -> list[Load]:
-    """Send requests, batch after batch, while `fleet run` works and until `done`."""
-
-    async def go() -> list[Load]:
-        loads = []
-        waiting = asyncio.create_task(
-            asyncio.to_thread(wait_for, "the change", done, timeout_s=timeout_s)
+def _until(fleet: Fleet, done: Callable[[], bool], timeout_s: float) -> list[Request]:
+    """Have `fleet run` at work under constant load until it is done; return all requests."""
+    with running(fleet, interval="2"):
+        return under_load(
+            fleet, lambda: wait_for("the change", done, timeout_s=timeout_s), tokens=150
         )
-        while not waiting.done():
-            async with in_flight(fleet.url, "tiny", plain=2, streams=2, tokens=150) as load:
-                loads.append(load)
-        await waiting
-        return loads
-
-    with fleet.lab.popen("login", fleet.command("run", "--interval", "2")) as service:
-        try:
-            return asyncio.run(go())
-        finally:
-            service.kill()
-
-
-def _lost(loads: list[Load]) -> list[str]:
-    requests = [request for load in loads for request in load.requests]
-    return [f"{r.id}: {r.status} {r.finish} {r.error}" for r in requests if not r.succeeded]
 
 
 def test_a_walltime_ends_without_a_lost_request(fleet: Fleet) -> None:
@@ -50,8 +32,8 @@ def test_a_walltime_ends_without_a_lost_request(fleet: Fleet) -> None:
     fleet.edit("startup_timeout_s: 600", "startup_timeout_s: 40")
     fleet.edit("drain_timeout_s: 60", "drain_timeout_s: 10")
     before = _ids(_applied(fleet))
-    loads = _under_load(fleet, lambda: bool(_ids(fleet)) and not _ids(fleet) & before, 150)
-    assert _lost(loads) == []
+    requests = _until(fleet, lambda: bool(_ids(fleet)) and not _ids(fleet) & before, 150)
+    assert lost(requests) == []
     ended = {job[0]: job[2] for job in fleet.jobs()}
     assert "TIMEOUT" not in ended.values()
 
@@ -62,8 +44,8 @@ def test_a_node_that_is_wanted_is_left_without_a_lost_request(fleet: Fleet) -> N
     victim = fleet.replicas()[0]
     drain = ["scontrol", "update", f"nodename={victim['node']}", "state=drain", "reason=wanted"]
     fleet.lab.run("login", drain, user="root")
-    loads = _under_load(fleet, lambda: _moved(fleet, str(victim["node"])), 90)
-    assert _lost(loads) == []
+    requests = _until(fleet, lambda: _moved(fleet, str(victim["node"])), 90)
+    assert lost(requests) == []
 
 
 def _moved(fleet: Fleet, node: str) -> bool:

@@ -30,6 +30,7 @@ def _parser() -> argparse.ArgumentParser:
 
     up = command("up", _up, "start a lab; it stays until `down`")
     up.add_argument("--nodes", type=int, default=4)
+    up.add_argument("--gateways", type=int, default=1)
     up.add_argument("--release", default="trixie", choices=["bookworm", "trixie", "sid"])
     up.add_argument("--foreground", action="store_true", help="it ends with this command")
     command("down", _down, "stop a lab and leave nothing behind")
@@ -54,8 +55,14 @@ def _up(args: argparse.Namespace) -> None:
     if args.name in running():
         print(f"lab {args.name}: already running")
         return
-    lab = Lab.start(args.name, nodes=args.nodes, release=args.release, detached=not args.foreground)
-    print(f"ssh -F {lab.state}/ssh_config login    # or gateway, {', '.join(lab.nodes)}")
+    lab = Lab.start(
+        args.name,
+        nodes=args.nodes,
+        gateways=args.gateways,
+        release=args.release,
+        detached=not args.foreground,
+    )
+    print(f"ssh -F {lab.state}/ssh_config login    # or {', '.join(lab.hosts[1:])}")
     if args.foreground:
         with lab, contextlib.suppress(KeyboardInterrupt):
             print("Ctrl-C ends it")

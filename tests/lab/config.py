@@ -18,7 +18,11 @@ GRES = "AutoDetect=off\nName=gpu File=/dev/nvidia[0-3]\n"
 
 
 def write_files(
-    state: Path, addresses: Mapping[str, str], nodes: tuple[str, ...], release: str
+    state: Path,
+    addresses: Mapping[str, str],
+    gateways: tuple[str, ...],
+    nodes: tuple[str, ...],
+    release: str,
 ) -> None:
     """Write ``files/all`` and, for the hosts that differ, ``files/<host>``."""
     every = state / "files/all"
@@ -32,8 +36,9 @@ def write_files(
     put(every / "etc/munge/munge.key", secrets.token_hex(64), mode=0o400)
     put(every / "usr/local/sbin/lab-daemon", (FILES / "daemon.sh").read_text(), mode=0o755)
     put(every / "etc/ssh/sshd_config.d/lab.conf", SSHD)
-    _ssh(state, addresses)
-    _gateway(state / "files/gateway" / GATEWAY)
+    _ssh(state, addresses, gateways)
+    for gateway in gateways:
+        _gateway(state / "files" / gateway / GATEWAY)
 
 
 def slurm_conf(nodes: tuple[str, ...]) -> str:
@@ -56,8 +61,8 @@ def put(path: Path, text: str, *, mode: int = 0o644) -> None:
     path.chmod(mode)
 
 
-def _ssh(state: Path, addresses: Mapping[str, str]) -> None:
-    """Three keys: the hosts' own, the real machine's root to all, and fleet's to the gateway."""
+def _ssh(state: Path, addresses: Mapping[str, str], gateways: tuple[str, ...]) -> None:
+    """Three keys: the hosts' own, the real machine's root to all, and fleet's to the gateways."""
     every = state / "files/all"
     host_key = _keygen(every / "etc/ssh/ssh_host_ed25519_key")
     root_key = _keygen(state / "ssh_key")
@@ -66,7 +71,8 @@ def _ssh(state: Path, addresses: Mapping[str, str]) -> None:
     put(every / "etc/ssh/ssh_known_hosts", known)
     put(state / "ssh_known_hosts", known)
     put(every / "root/.ssh/authorized_keys", f"{root_key}\n")
-    put(state / "files/gateway/home/fleet/.ssh/authorized_keys", f"{fleet_key}\n")
+    for gateway in gateways:
+        put(state / "files" / gateway / "home/fleet/.ssh/authorized_keys", f"{fleet_key}\n")
     for folder in (every / "root/.ssh", every / "root"):
         folder.chmod(0o700)
     put(state / "ssh_config", _ssh_config(state, addresses))

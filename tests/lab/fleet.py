@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ class Fleet:
         shutil.copytree(CHECKOUT / "specs" / SPECS[engine], folder)
         self.spec_file = folder / "fleet.yaml"
         self.edit("fleet: demo", f"fleet: {name}")
+        hosts = [f"- {{name: {gateway}, ssh: {gateway}}}" for gateway in lab.gateways]
+        self.edit(hosts[0], "\n    ".join(hosts))
         for part, mode in (("logs", 0o755), ("secrets", 0o700)):
             made = lab.shared / part
             made.mkdir(exist_ok=True)
@@ -63,7 +65,12 @@ class Fleet:
 
     @property
     def url(self) -> str:
-        return f"http://{self.lab.address('gateway')}:8080"
+        return self.urls[0]
+
+    @property
+    def urls(self) -> list[str]:
+        """Where each gateway serves."""
+        return [f"http://{self.lab.address(gateway)}:8080" for gateway in self.lab.gateways]
 
     def command(self, verb: str, *options: str) -> list[str]:
         return ["fleet", verb, self.spec, *options]
@@ -117,8 +124,8 @@ class Fleet:
 
 
 def gateway_log(lab: Lab) -> dict[str, list[str]]:
-    """Return the addresses that the gateway tried for each request id, in order."""
+    """Return the addresses that a gateway tried for each request id, in order."""
     log = "/var/lib/modelfleet/gateway/access.log"
-    lines: Sequence[str] = lab.run("gateway", ["cat", log]).stdout.splitlines()
-    records = [json.loads(line) for line in lines]
+    texts = [lab.run(gateway, ["cat", log]).stdout for gateway in lab.gateways]
+    records = [json.loads(line) for text in texts for line in text.splitlines()]
     return {record["id"]: record["upstream"].split(", ") for record in records}

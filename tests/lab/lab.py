@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -38,6 +39,7 @@ class Record:
     pid: int
     started: int  # clock ticks after boot: tells this process from a later one of the same PID
     number: int
+    gateways: tuple[str, ...]
     nodes: tuple[str, ...]
     root: str  # of the base: a newer base must not change under a running lab
     binds: tuple[str, ...]
@@ -49,6 +51,7 @@ class Lab:
     def __init__(self, name: str, record: Record, outer: subprocess.Popen[str] | None) -> None:
         self.name = name
         self.number = record.number
+        self.gateways = record.gateways
         self.nodes = record.nodes
         self.state = RUN / name
         self.shared = _shared(name)
@@ -62,12 +65,13 @@ class Lab:
         name: str = "lab",
         *,
         nodes: int = 4,
+        gateways: int = 1,
         release: str = "trixie",
         detached: bool = False,
         binds: Mapping[Path, str] | None = None,
         say: Say = print,
     ) -> "Lab":
-        """Start a lab and return when its nodes are idle and its gateway answers.
+        """Start a lab and return when its nodes are idle and its gateways answer.
 
         ``binds`` maps real folders or files to paths that every host sees read-only. What a
         crashed lab left behind is removed; a running lab of this name is a LabError.
@@ -79,7 +83,7 @@ class Lab:
             _sweep()
             if (RUN / name).exists():
                 raise LabError(f"lab {name} is already running: stop it, or use another name")
-            lab = cls._outermost(name, root, nodes, detached, binds or {})
+            lab = cls._outermost(name, root, nodes, gateways, detached, binds or {})
         try:
             lab._boot(release, say)
         except BaseException:
@@ -122,11 +126,11 @@ class Lab:
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        return ("login", "gateway", *self.nodes)
+        return ("login", *self.gateways, *self.nodes)
 
     def address(self, host: str) -> str:
         """Where the real machine, and every host, reaches this host."""
-        return _addresses(self.number, self.nodes)[host]
+        return _addresses(self.number, self.gateways, self.nodes)[host]
 
     def is_on(self, host: str) -> bool:
         """Whether the host has power (its link may be cut)."""
@@ -270,6 +274,7 @@ class Lab:
         name: str,
         root: Path,
         nodes: int,
+        gateways: int,
         detached: bool,
         binds: Mapping[Path, str],
     ) -> "Lab":
@@ -298,6 +303,7 @@ class Lab:
                 pid=pid,
                 started=_started(pid) or 0,
                 number=_connect(pid),
+                gateways=("gateway", *(f"gateway{n}" for n in range(2, gateways + 1))),
                 nodes=tuple(f"gpu{n}" for n in range(1, nodes + 1)),
                 root=str(root),
                 binds=tuple(mounts),
@@ -309,20 +315,23 @@ class Lab:
         return cls(name, record, outer)
 
     def _boot(self, release: str, say: Say) -> None:
-        write_files(self.state, _addresses(self.number, self.nodes), self.nodes, release)
+        addresses = _addresses(self.number, self.gateways, self.nodes)
+        write_files(self.state, addresses, self.gateways, self.nodes, release)
         with ThreadPoolExecutor(len(self.hosts)) as pool:
             list(pool.map(self.power_on, self.hosts))
         wait_for(f"nodes {','.join(self.nodes)} to be idle", self._all_idle, say=say)
-        wait_for("the gateway's answer", self._gateway_answers, say=say)
+        for gateway in self.gateways:
+            answers = partial(self._gateway_answers, gateway)
+            wait_for(f"the answer of {gateway}", answers, say=say)
 
     def _all_idle(self) -> bool:
         sinfo = ["sinfo", "--noheader", "--Node", "--partition=gpu", "--format=%T"]
         states = self.run("login", sinfo, check=False).stdout.split()
         return states == ["idle"] * len(self.nodes)
 
-    def _gateway_answers(self) -> bool:
+    def _gateway_answers(self, host: str) -> bool:
         # Not urllib, which would ask a proxy that the caller's environment names.
-        gateway = http.client.HTTPConnection(self.address("gateway"), 8080, timeout=2)
+        gateway = http.client.HTTPConnection(self.address(host), 8080, timeout=2)
         try:
             gateway.request("GET", "/")
             return bool(gateway.getresponse().status)
@@ -404,8 +413,9 @@ def _ip(*words: str, check: bool = True) -> bool:
     return done.returncode == 0
 
 
-def _addresses(number: int, nodes: Sequence[str]) -> dict[str, str]:
-    places = {"outside": 1, "login": 2, "gateway": 3}
+def _addresses(number: int, gateways: Sequence[str], nodes: Sequence[str]) -> dict[str, str]:
+    places = {"outside": 1, "login": 2}
+    places |= {gateway: n for n, gateway in enumerate(gateways, start=3)}
     places |= {node: 10 + n for n, node in enumerate(nodes, start=1)}
     return {host: SUBNET.format(number=number, host=place) for host, place in places.items()}
 

@@ -207,3 +207,29 @@ def test_same_generation_twice_is_no_failure(gateway: Gateway) -> None:
         gateway.adapter.change("gateway", to(ONE))
     assert gateway.litter() == []
     assert gateway.linked == f"gen-{to(ONE).generation}"
+
+
+def test_answers_end_their_connections_from_shortly_before_a_reload(gateway: Gateway) -> None:
+    """The generation that runs is told first; one that runs again is not told any more."""
+    first, second = to(ONE), to(TWO)
+
+    def closing() -> set[str]:
+        return {path.parent.name for path in gateway.folder.glob("gen-*/closing")}
+
+    gateway.adapter.change("gateway", first)
+    assert closing() == set()
+    gateway.adapter.change("gateway", second)
+    assert closing() == {f"gen-{first.generation}"}
+    gateway.adapter.change("gateway", first)
+    assert closing() == {f"gen-{second.generation}"}
+
+
+def test_answers_keep_their_connections_after_a_reload_that_does_not_take(
+    gateway: Gateway,
+) -> None:
+    """What runs goes on as before."""
+    gateway.adapter.change("gateway", to(ONE))
+    (gateway.here / "deaf").touch()
+    with pytest.raises(GatewayFailed):
+        gateway.adapter.change("gateway", to(TWO))
+    assert list(gateway.folder.glob("gen-*/closing")) == []

@@ -125,7 +125,7 @@ def test_R37_served_names_reach_njs_as_data() -> None:
     assert found["listed"] == ["tiny", *NAMES]
     assert files["fleet.js"].isascii()
     plain = rendered(fleet(), ours).files
-    generation = r"return 200 [0-9a-f]{12};"
+    generation = r"\b[0-9a-f]{12}\b"
     assert re.sub(generation, "", files["fleet.conf"]) == re.sub(
         generation, "", plain["fleet.conf"]
     )
@@ -210,3 +210,13 @@ def test_fleet_without_tenants_refuses_nobody_and_counts_nobody() -> None:
     closed = rendered(three(tenants=TENANTS[:1]), targets()).files
     assert known(closed["fleet.js"])["keys"] == {"a" * 64: "alice", "b" * 64: "alice"}
     assert '    "" 1;' in closed["fleet.conf"]
+
+
+def test_gateways_of_which_there_are_several_do_not_all_choose_the_same_replica() -> None:
+    """Each counts its own connections: one alone takes the least busy, several the less of two."""
+    hosts = [{"name": "gateway"}, {"name": "other"}]
+    texts = [
+        rendered(fleet(gateway={"hosts": hosts[:count]}), targets()).files["fleet.conf"]
+        for count in (1, 2)
+    ]
+    assert ["random two least_conn;" in text for text in texts] == [False, True]

@@ -70,7 +70,7 @@ mkdir -p /run/sshd
 start() { for daemon in "$@"; do lab-daemon start "$daemon" 3>&-; done; }
 case $host in
     login) start sshd munged slurmctld slurmrestd ;;
-    gateway)
+    gateway*)
         # A replica behind a cut link is noticed within seconds, as on a site's gateway.
         cd /proc/sys/net/ipv4
         echo 5 > tcp_keepalive_time

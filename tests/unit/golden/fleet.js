@@ -11,6 +11,7 @@ const FLEET = JSON.parse("{\"exhausted\": [], \"fleet\": \"demo\", \"keys\": {\"
 //              which of the limits in gateway.conf, rate and concurrency, are its own
 //   exhausted  the tenants that have used up their tokens of this day (UTC)
 import crypto from 'crypto';
+import fs from 'fs';
 
 // What vLLM 0.32 serves to callers. Whatever is not named here never reaches a replica: paths
 // that load adapters, put the engine to sleep or show its inside.
@@ -237,4 +238,12 @@ function models(r) {
     r.return(200, JSON.stringify(entry(name)));
 }
 
-export default {tenant, rate, concurrency, route, routeByPath, models};
+// NGINX ends idle connections at a reload, although a request may be on its way on one. So for a
+// moment before, and for as long as an old worker lives, each answer asks the client to end its own.
+// HTTP/2 has frames for that, and forbids the header.
+function connection(r) {
+    const closing = fs.statSync(r.variables.fleet_closing, {throwIfNoEntry: false});
+    return closing && r.httpVersion < '2' ? 'close' : '';
+}
+
+export default {tenant, rate, concurrency, route, routeByPath, models, connection};

@@ -5,14 +5,12 @@ import os
 import ssl
 import subprocess
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 from bench.gateway.figures import Run, parse_wrk
 
-TOKEN = "bench-key"  # noqa: S105 - made up; the stand-in has nothing to protect
 _SCRIPT = Path(__file__).parent / "conf/wrk.lua"
 _STAT = Path("/proc/stat")
 
@@ -51,7 +49,9 @@ def _ours() -> int:
     return ticks
 
 
-def wrk(url: str, body: Path, *, connections: int, seconds: float, spread_ms: int = 0) -> Run:
+def wrk(
+    url: str, key: str, body: Path, *, connections: int, seconds: int, spread_ms: int = 0
+) -> Run:
     """POST one body over and over on so many connections. Raises ValueError if nothing came back.
 
     With `spread_ms` the connections begin over that time, not in one wave.
@@ -60,8 +60,8 @@ def wrk(url: str, body: Path, *, connections: int, seconds: float, spread_ms: in
     began = Ticks.now()
     done = subprocess.run(
         [
-            *("wrk", f"-t{threads}", f"-c{connections}", f"-d{seconds:g}s", "--timeout", "10s"),
-            *("-s", str(_SCRIPT), url, "--", str(body), TOKEN, str(spread_ms)),
+            *("wrk", f"-t{threads}", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s"),
+            *("-s", str(_SCRIPT), url, "--", str(body), key, str(spread_ms)),
             str(connections // threads),
         ],
         capture_output=True,
@@ -76,24 +76,24 @@ def wrk(url: str, body: Path, *, connections: int, seconds: float, spread_ms: in
 class Stream:
     """One kept connection on which streams are asked for, one after the other."""
 
-    def __init__(self, host: str, port: int, path: str, context: ssl.SSLContext | None) -> None:
-        self._path = path
+    def __init__(self, port: int, context: ssl.SSLContext | None) -> None:
         self._connection = (
-            http.client.HTTPSConnection(host, port, timeout=10, context=context)
+            http.client.HTTPSConnection("127.0.0.1", port, timeout=10, context=context)
             if context
-            else http.client.HTTPConnection(host, port, timeout=10)
+            else http.client.HTTPConnection("127.0.0.1", port, timeout=10)
         )
 
-    def first_byte_ms(self, body: bytes, headers: Mapping[str, str]) -> float:
+    def first_byte_ms(self, path: str, body: bytes, key: str) -> float:
         """Return when the first byte of the body came; ValueError unless the whole stream did."""
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
         began = time.perf_counter()
-        self._connection.request("POST", self._path, body, dict(headers))
+        self._connection.request("POST", path, body, headers)
         answer = self._connection.getresponse()
         first = answer.read1(65536)
         seconds = time.perf_counter() - began
-        rest = answer.read()
-        if answer.status != 200 or not rest.endswith(b"data: [DONE]\n\n"):
-            raise ValueError(f"no whole stream: {answer.status} {(first + rest)[:200]!r}")
+        whole = first + answer.read()
+        if answer.status != 200 or not whole.endswith(b"data: [DONE]\n\n"):
+            raise ValueError(f"no whole stream: {answer.status} {whole[:200]!r}")
         return seconds * 1e3
 
     def close(self) -> None:

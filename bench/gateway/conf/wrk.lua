@@ -1,4 +1,4 @@
--- wrk -s wrk.lua URL -- BODY_FILE TOKEN SPREAD_MS CONNECTIONS_OF_A_THREAD. Its figures come as one line of JSON.
+-- wrk -s wrk.lua URL -- BODY_FILE KEY SPREAD_MS CONNECTIONS_OF_A_THREAD. Its figures come as one line of JSON.
 -- With SPREAD_MS the connections' first requests are spread over that time: without it all of them
 -- go on in one wave, and what is measured is the wave.
 function init(args)

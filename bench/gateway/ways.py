@@ -39,6 +39,8 @@ OTHERS = ("vllm-router", "litellm")
 # A thousand requests at once and a hundred thousand a second are within every limit: what a limit
 # costs is measured, not what it refuses.
 _RATE, _CONCURRENCY = 100_000, 10_000
+# What a gateway knows of must not slow down what it passes on.
+_OTHER_MODELS = 199
 _REPLICAS = (9001, 9002, 9003, 9004)
 PORTS = {
     "direct": 8100,
@@ -113,7 +115,7 @@ def spec(*, tls: bool) -> dict[str, Any]:
         "gateway": gateway,
         "models": [
             {**model, "name": MODEL, "served_names": ["org/Tiny"], "replicas": len(_REPLICAS)},
-            *({**model, "name": f"other-{at}", "replicas": 0} for at in range(9)),
+            *({**model, "name": f"other-{at}", "replicas": 0} for at in range(_OTHER_MODELS)),
         ],
         **{name: value for name, value in known.items() if name in Fleet.model_fields},
     }

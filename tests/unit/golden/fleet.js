@@ -1,6 +1,5 @@
-const FLEET = JSON.parse("{\"fleet\": \"demo\", \"listed\": [\"tiny\", \"org/Tiny\", \"big\", \"starting\", \"stopped\"], \"names\": {\"big\": \"big\", \"org/Tiny\": \"tiny\", \"starting\": \"starting\", \"stopped\": \"stopped\", \"tiny\": \"tiny\"}, \"states\": {\"big\": \"ready\", \"starting\": \"starting\", \"stopped\": \"stopped\", \"tiny\": \"ready\"}}");
-// Sends a request to the upstream of the model that its JSON body names. FLEET, which
-// reconciler/routes.py writes above these lines, is:
+// Sends a request to the upstream of the model that its JSON body names. FLEET, which NGINX reads
+// once from the fleet.json of reconciler/routes.py, can't change, and its arrays lack all methods:
 //   fleet   its name
 //   names   what a client may call a model -> the model's own name
 //   listed  these names, in the spec's order
@@ -42,7 +41,7 @@ function route(r) {
 }
 
 function models(r) {
-    const data = FLEET.listed.map(name => ({
+    const data = Array.prototype.map.call(FLEET.listed, name => ({
         id: name, object: 'model', owned_by: FLEET.fleet, state: FLEET.states[FLEET.names[name]],
     }));
     r.headersOut['Content-Type'] = 'application/json';

@@ -268,7 +268,8 @@ def _lua(folder: Path, tls: bool) -> list[str]:
             for key in tenant["key_sha256"]
         },
     }
-    head = _filled("lua.conf", {"FLEET": json.dumps(fleet), "CONF": CONF})
+    (folder / "fleet.json").write_text(json.dumps(fleet))
+    head = _filled("lua.conf", {"FOLDER": folder, "CONF": CONF})
     route = "        rewrite_by_lua_block { route() }"
     modules = ("ndk_http_module", "ngx_http_lua_module")
     return _by_hand(folder, PORTS["lua"], tls=tls, head=head, route=route, modules=modules)

@@ -1,5 +1,6 @@
 // Sends a request to the upstream of the model that its JSON body, or its path, names. FLEET,
-// which reconciler/routes.py writes above these lines, is:
+// which NGINX reads once from the fleet.json of reconciler/routes.py, can't change, and its arrays
+// lack all methods:
 //   fleet      its name
 //   names      what a client may call a model -> the model's own name
 //   listed     these names, in the spec's order
@@ -34,6 +35,10 @@ const UTF_8 = new TextDecoder('utf-8', {fatal: true});
 
 function own(object, key) {
     return Object.prototype.hasOwnProperty.call(object, key);
+}
+
+function among(array, item) {
+    return Array.prototype.includes.call(array, item);
 }
 
 // Bytes that are no UTF-8 match nothing; a pattern alone would throw at them.
@@ -97,7 +102,7 @@ function concurrency(r) {
 
 function mayUse(r, model) {
     const models = allowed(r).models;
-    return models === null || models.includes(model);
+    return models === null || among(models, model);
 }
 
 // Passes a request on to the replicas of a model; every way to one goes through here. `body` is
@@ -106,7 +111,7 @@ function send(r, model, path, body) {
     if (!mayUse(r, model)) {
         return refused(r, 403, 'model_not_found', 'This key may not use that model.', 'model');
     }
-    if (FLEET.exhausted.includes(r.variables.fleet_tenant)) {
+    if (among(FLEET.exhausted, r.variables.fleet_tenant)) {
         // Until the next day begins, so nothing retries before.
         r.headersOut['Retry-After'] = String(DAY_S - Math.floor(Date.now() / 1000) % DAY_S);
         r.headersOut['X-Should-Retry'] = 'false';
@@ -225,7 +230,8 @@ function models(r) {
     if (r.method !== 'GET' && r.method !== 'HEAD') {
         return wrongMethod(r, 'GET');
     }
-    const names = FLEET.listed.filter(name => mayUse(r, FLEET.names[name]));
+    const names = Array.prototype.filter.call(
+        FLEET.listed, name => mayUse(r, FLEET.names[name]));
     r.headersOut['Content-Type'] = 'application/json';
     if (r.uri === '/v1/models') {
         return r.return(200, JSON.stringify({object: 'list', data: names.map(entry)}));

@@ -147,24 +147,24 @@ def _build(release: str, root: Path, say: Say) -> None:
     )
     packages = {debs: "/var/cache/apt/archives", FILES: "/mnt/files"}
     inside("Debian packages", ["sh", "/mnt/files/base.sh"], packages)
-    run_aloud("Python wheels", _download(_python_of(root), wheels), log, say)
+    run_aloud("Python wheels", download(LOCK, python_of(root), wheels), log, say)
     python = {wheels: "/mnt/wheels", LOCK: "/mnt/requirements.lock", FILES: "/mnt/files"}
     inside("Python packages", ["sh", "/mnt/files/venv.sh"], python)
     inside("cleaning up", ["sh", "-c", "rm -rf /mnt/* /var/lib/apt/lists/*"], {})
 
 
-def _python_of(root: Path) -> str:
+def python_of(root: Path) -> str:
     """The base's Python, such as 3.13."""
     code = "import sys; print('%d.%d' % sys.version_info[:2])"
     argv = enter(root, ["python3", "-c", code])
     return subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def _download(python: str, wheels: Path) -> list[str]:
-    """Fetch the wheels out here, where pip is configured: inside, nothing says from where."""
+def download(lock: Path, python: str, wheels: Path) -> list[str]:
+    """The command that fetches a lock's wheels out here: inside, nothing says from where."""
     pip = shutil.which("pip3")
     return [
         *([pip] if pip else [sys.executable, "-m", "pip"]),
         *("download", "--quiet", "--python-version", python, "--only-binary", ":all:"),
-        *("--no-deps", "--require-hashes", "--dest", str(wheels), "--requirement", str(LOCK)),
+        *("--no-deps", "--require-hashes", "--dest", str(wheels), "--requirement", str(lock)),
     ]

@@ -38,7 +38,7 @@ def write_files(
     put(every / "etc/ssh/sshd_config.d/lab.conf", SSHD)
     _ssh(state, addresses, gateways)
     for gateway in gateways:
-        _gateway(state / "files" / gateway / GATEWAY)
+        gateway_folder(state / "files" / gateway / GATEWAY)
 
 
 def slurm_conf(nodes: tuple[str, ...]) -> str:
@@ -96,7 +96,7 @@ def _keygen(path: Path) -> str:
     return path.with_name(f"{path.name}.pub").read_text().strip().strip()
 
 
-def _gateway(folder: Path) -> None:
+def gateway_folder(folder: Path) -> None:
     """The gateway's folder before its first generation."""
     put(folder / "base.conf", GATEWAY_CONF.read_text())
     put(folder / "gen-empty/fleet.conf", (FILES / "fleet.conf").read_text())

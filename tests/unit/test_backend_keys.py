@@ -106,7 +106,7 @@ def test_gateway_goes_over_when_the_last_replica_takes_the_new_key() -> None:
 
 
 def test_unreadable_keys_decide_nothing() -> None:
-    """Unknown is never absent: nothing is stale, submitted, ended or routed anew, and it says so."""
+    """Unknown is never absent: nothing is stale, submitted, ended or routed anew."""
     seen = observation(
         ONE, keyring=None, keyring_error="the folder is gone", gateways=[view(FLEET)]
     )

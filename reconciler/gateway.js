@@ -247,8 +247,14 @@ function models(r) {
 // moment before, and for as long as an old worker lives, each answer asks the client to end its own.
 // HTTP/2 has frames for that, and forbids the header.
 function connection(r) {
-    const closing = fs.statSync(r.variables.fleet_closing, {throwIfNoEntry: false});
-    return closing && r.httpVersion < '2' ? 'close' : '';
+    if (r.httpVersion >= '2') {
+        return '';
+    }
+    try {
+        return fs.statSync(r.variables.fleet_closing, {throwIfNoEntry: false}) ? 'close' : '';
+    } catch (e) {
+        return ''; // the folder is closed to NGINX's workers
+    }
 }
 
 export default {tenant, rate, concurrency, route, routeByPath, models, connection};

@@ -158,7 +158,7 @@ class FileSecrets:
         from reconciler.adapters import certificates
 
         file = self._folder / "models" / f"{model}.pem"
-        own, *signers = _CERTIFICATE.findall(_read(file)) if file.exists() else [""]
+        own, *signers = certificates_in(_read(file)) if file.exists() else [""]
         lasting_s = walltime_s + _LEAST_LEFT_S
         if signers == [self.authority()] and certificates.seconds_left(own) > lasting_s:
             return
@@ -208,9 +208,14 @@ def _read(path: Path) -> str:
         return file.read()
 
 
+def certificates_in(pem: str) -> list[str]:
+    """Return the certificates in a text, without the keys that may stand there too."""
+    return _CERTIFICATE.findall(pem)
+
+
 def _certificates(path: Path) -> list[str]:
-    """Return the certificates in a file, in PEM; there is at least one."""
-    found = _CERTIFICATE.findall(_read(path))
+    """Return the certificates in a file; there is at least one."""
+    found = certificates_in(_read(path))
     if not found:
         raise SecretsFailed(f"{path} holds no certificate: put it back from your backup")
     return found

@@ -5,6 +5,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -23,7 +24,7 @@ PORT = 20500
 NO_SECRETS = FileSecrets(None, "probe")
 
 
-def _job(address: str, job_id: int = 7) -> Job:
+def _job(address: str, job_id: int = 7, keys: tuple[str, ...] = ()) -> Job:
     run = Run(node="gpu1", restarts=0, address=address, trap_ready=True, ready_at=5, draining=False)
     return Job(
         id=job_id,
@@ -35,7 +36,7 @@ def _job(address: str, job_id: int = 7) -> Job:
         started_at=2,
         ends_at=None,
         restarts=0,
-        comment=Comment(gpus=1, commit=None, run=run),
+        comment=Comment(gpus=1, commit=None, run=run, keys=keys),
     )
 
 
@@ -62,6 +63,104 @@ def test_probe_of_the_right_engine_is_ready_and_counts_its_requests(replica: Job
     assert (probe.health, probe.ongoing) == (Health.READY, 0)
     assert probe.tokens is not None
     assert probe.tokens >= 1
+
+
+@pytest.fixture(scope="module")
+def secrets(tmp_path_factory: pytest.TempPathFactory) -> FileSecrets:
+    """The secrets of the fleet `probe`, with a certificate for its model tiny."""
+    folder = tmp_path_factory.mktemp("secrets")
+    folder.chmod(0o700)
+    made = FileSecrets(str(folder), "probe")
+    made.issue("tiny", 86_400)
+    return made
+
+
+@pytest.fixture(scope="module")
+def protected(lab: Lab, secrets: FileSecrets) -> Iterator[Job]:
+    """A stand-in on gpu2 that is job 7 of the model tiny, with TLS and all keys there are."""
+    keys = {key.id: key.text for key in secrets.backend_keys()}
+    folder = secrets._folder / "models"
+    files = {"replica.pem": (folder / "tiny.pem").read_text()}
+    files["engine.yaml"] = f"api-key: {list(keys.values())}"
+    for name, text in files.items():
+        script = f"umask 077; mkdir -p /tmp/probed; cat >/tmp/probed/{name}"
+        lab.run("gpu2", ["sh", "-c", script], input=text)
+    argv = [STANDIN, "serve", "/models/tiny", "--host", "0.0.0.0", "--port", str(PORT)]  # noqa: S104
+    argv += ["--served-model-name", "tiny", "tiny@7", "--config", "/tmp/probed/engine.yaml"]
+    argv += [f"--ssl-{part}file=/tmp/probed/replica.pem" for part in ("cert", "key")]
+    with lab.popen("gpu2", argv) as engine:
+        job = _job(f"{lab.address('gpu2')}:{PORT}", keys=tuple(keys))
+        wait_for("the stand-in", lambda: _asked(secrets, job).health is not Health.STARTING)
+        yield job
+        engine.kill()
+
+
+def _asked(secrets: FileSecrets, job: Job) -> Probe:
+    return HttpEngines(secrets).probe([job], ())[job.key]
+
+
+def _taking(job: Job, *keys: str) -> Job:
+    assert job.comment is not None
+    return replace(job, comment=replace(job.comment, keys=keys))
+
+
+def test_probe_of_a_protected_engine_proves_it_and_shows_a_key(
+    protected: Job, secrets: FileSecrets
+) -> None:
+    """Over TLS all is as without; any key does that the job was given and that there still is."""
+    said = _asked(secrets, protected)
+    assert (said.health, said.ongoing) == (Health.READY, 0)
+    assert said.tokens is not None
+    [old, new] = secrets.keyring().ids
+    assert _asked(secrets, _taking(protected, old)).health is Health.READY
+    assert _asked(secrets, _taking(protected, new, "cccccccc")).health is Health.READY
+
+
+def test_probe_without_a_key_that_there_is_says_so(protected: Job, secrets: FileSecrets) -> None:
+    """All its keys are revoked: nobody can use it."""
+    said = _asked(secrets, _taking(protected, "cccccccc"))
+    assert said == Probe(health=Health.SICK, detail="it takes none of the keys that it was given")
+
+
+def test_probe_of_another_models_certificate_is_an_impostor(
+    protected: Job, secrets: FileSecrets
+) -> None:
+    """The same authority has signed it, for a model that is not the one asked for."""
+    other = replace(protected, name=replace(protected.name, model="big"))
+    assert _asked(secrets, other).health is Health.IMPOSTOR
+
+
+def test_probe_of_another_authoritys_certificate_is_an_impostor(
+    protected: Job, tmp_path: Path
+) -> None:
+    """Anybody can make a certificate of any name."""
+    tmp_path.chmod(0o700)
+    others = FileSecrets(str(tmp_path), "probe")
+    keys = others.issue("tiny", 86_400).keys
+    assert _asked(others, _taking(protected, *keys)).health is Health.IMPOSTOR
+
+
+def test_probe_of_an_engine_without_tls_is_an_impostor(replica: Job, secrets: FileSecrets) -> None:
+    """It answers in the clear, and is not asked again in the clear."""
+    ids = secrets.keyring().ids
+    assert _asked(secrets, _taking(replica, *ids)).health is Health.IMPOSTOR
+
+
+def test_probe_without_an_authority_to_believe_is_silent(protected: Job, tmp_path: Path) -> None:
+    """Nothing is known then, of any replica; least of all that it is an impostor."""
+    gone = FileSecrets(str(tmp_path / "gone"), "probe")
+    assert _asked(gone, protected).health is Health.SILENT
+    assert _asked(FileSecrets(None, "probe"), protected).health is Health.SILENT
+
+
+@pytest.mark.parametrize("answer", [b"", b"\x16\x03\x01"], ids=["nothing", "half a record"])
+def test_probe_of_what_closes_during_the_handshake_is_no_impostor(
+    secrets: FileSecrets, answer: bytes
+) -> None:
+    """So does an engine that dies: it says nothing of who was there."""
+    with _answering(answer) as address:
+        said = _asked(secrets, _job(address, keys=secrets.keyring().ids))
+    assert said.health in (Health.SILENT, Health.SICK)
 
 
 def test_probe_of_another_jobs_engine_is_an_impostor(replica: Job) -> None:

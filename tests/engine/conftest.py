@@ -1,7 +1,9 @@
 """Engines on the lab's hosts, real and stand-in, started as a job script starts them."""
 
+import json
 import os
 import signal
+import ssl
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -12,6 +14,7 @@ import httpx
 import pytest
 
 from images.build import image
+from reconciler.adapters import certificates, secrets
 from tests.lab.lab import Lab
 from tests.lab.wait import wait_for
 
@@ -31,6 +34,14 @@ FLAGS = [
 ]
 # The two run on different nodes, so that they don't see each other's processes.
 HOSTS = {"standin": "gpu1", "vllm": "gpu2"}
+# What a replica's job gives its engine: a certificate, and two keys in the file of --config.
+KEYS = ("the-current-key", "the-next-key")
+AUTHORITY = certificates.new_authority("test")
+SECRETS = "/tmp/engine-secrets"  # on the host, and in the container
+PROTECTION = [
+    *("--config", f"{SECRETS}/engine.yaml"),
+    *("--ssl-certfile", f"{SECRETS}/replica.pem", "--ssl-keyfile", f"{SECRETS}/replica.pem"),
+]
 STANDIN = "/opt/modelfleet/src/tests/lab/standin.py"
 
 
@@ -51,6 +62,7 @@ class Engine:
     port: int
     started: "subprocess.Popen[str]"
     log: Path
+    protected: bool = True
 
     @property
     def host(self) -> str:
@@ -58,10 +70,17 @@ class Engine:
 
     @property
     def url(self) -> str:
-        return f"http://{self.lab.address(self.host)}:{self.port}"
+        scheme = "https" if self.protected else "http"
+        return f"{scheme}://{self.lab.address(self.host)}:{self.port}"
 
-    def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, trust_env=False, timeout=60)
+    def client(self, key: str | None = KEYS[0]) -> httpx.Client:
+        # Whom the certificate is for is asked in tests/contract: here it is only who signed it.
+        trusted = ssl.create_default_context(cadata=secrets.certificates_in(AUTHORITY)[0])
+        trusted.check_hostname = False
+        headers = {"Authorization": f"Bearer {key}"} if key and self.protected else {}
+        return httpx.Client(
+            base_url=self.url, headers=headers, verify=trusted, trust_env=False, timeout=60
+        )
 
     @property
     def session(self) -> int:
@@ -134,7 +153,8 @@ def command(request: pytest.FixtureRequest) -> Callable[[str], list[str]]:
             return [STANDIN, "serve", "/models/tiny"]
         # Only here, so that tests of the stand-in alone need no image.
         sif, tiny = request.getfixturevalue("sif"), request.getfixturevalue("tiny")
-        return [*apptainer(f"{tiny}:/models/tiny:ro"), sif, "vllm", "serve", "/models/tiny"]
+        binds = (f"{tiny}:/models/tiny:ro", f"{SECRETS}:{SECRETS}:ro")
+        return [*apptainer(*binds), sif, "vllm", "serve", "/models/tiny"]
 
     return command
 
@@ -152,7 +172,8 @@ def start(
         log = tmp_path_factory.mktemp(kind) / "log"
         # A session of its own, and the log's first line says which.
         session = ["setsid", "sh", "-c", 'echo $$; exec "$@"', "sh"]
-        argv = [*session, *command(kind), "--port", str(port), *FLAGS]
+        _write_secrets(lab, HOSTS[kind])
+        argv = [*session, *command(kind), "--port", str(port), *FLAGS, *PROTECTION]
         with log.open("w") as out:
             started = lab.popen(HOSTS[kind], argv, stdout=out, stderr=out)
         engine = Engine(kind, lab, port, started, log)
@@ -168,11 +189,20 @@ def start(
     return start
 
 
+def _write_secrets(lab: Lab, host: str) -> None:
+    server = certificates.new_certificate(AUTHORITY, "tiny.test.modelfleet.internal", 86_400)
+    files = {"replica.pem": server, "engine.yaml": f"api-key: {json.dumps(KEYS)}\n"}
+    for name, text in files.items():
+        script = f"umask 077; mkdir -p {SECRETS}; cat >{SECRETS}/{name}"
+        lab.run(host, ["sh", "-c", script], input=text)
+
+
 def healthy(engine: Engine) -> bool:
     if engine.started.poll() is not None:
         pytest.fail(f"{engine.kind} ended with {engine.started.returncode}: {engine.tail()}")
     try:
-        return httpx.get(f"{engine.url}/health", trust_env=False).status_code == 200
+        with engine.client() as client:
+            return client.get("/health").status_code == 200
     except httpx.TransportError:
         return False
 

@@ -17,7 +17,9 @@ from tests.engine.conftest import (
     FLAGS,
     HOSTS,
     IN_FLIGHT_LIMIT,
+    KEYS,
     NAMES,
+    PROTECTION,
     SLOTS,
     START_TIMEOUT_S,
     STOP_TIMEOUT_S,
@@ -109,10 +111,46 @@ def test_a_taken_port_ends_the_start_with_an_error(
     engine: Engine, command: Callable[[str], list[str]], lab: Lab
 ) -> None:
     """A second job that chose the same port fails, instead of sharing it silently."""
-    argv = [*command(engine.kind), "--port", str(engine.port), *FLAGS]
+    argv = [*command(engine.kind), "--port", str(engine.port), *FLAGS, *PROTECTION]
     done = lab.run(HOSTS[engine.kind], argv, check=False, timeout=START_TIMEOUT_S)
     assert done.returncode == 1
     assert "Address already in use" in done.stderr
+
+
+# To whom it answers
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_any_of_its_keys_is_taken(engine: Engine, key: str) -> None:
+    """Two at a time, so that a rotation has an overlap."""
+    with engine.client(key) as client:
+        assert client.post(CHAT, json=chat(1)).status_code == 200
+
+
+@pytest.mark.parametrize("key", [None, "wrong", ""])
+def test_without_a_key_nothing_below_v1_is_answered(engine: Engine, key: str | None) -> None:
+    """Whatever the path; what else it serves is open to all who reach the port."""
+    with engine.client(key) as client:
+        refused = [client.post(path, json=chat(1)) for path in (CHAT, COMPLETION, "/v1/nothing")]
+        refused.append(client.get("/v1/models"))
+        assert {answer.status_code for answer in refused} == {401}
+        assert {answer.text for answer in refused} == {'{"error":"Unauthorized"}'}
+        assert client.get("/health").status_code == 200
+        assert client.get("/metrics").status_code == 200
+
+
+def test_without_tls_nothing_is_answered(engine: Engine) -> None:
+    """A client that speaks plain HTTP gets no answer at all."""
+    plain = engine.url.replace("https:", "http:")
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{plain}/health", trust_env=False)
+
+
+def test_R36_keys_are_in_no_log_and_no_argument(engine: Engine) -> None:
+    """vLLM writes down which arguments it was given, but for these."""
+    said = engine.log.read_text() + str(engine.processes())
+    assert "engine.yaml" in said
+    assert not any(key in said for key in KEYS)
 
 
 # What it answers
@@ -366,7 +404,8 @@ def refusal(engine: Engine) -> Json | None:
 def health(engine: Engine) -> int | None:
     """The code of /health; None if nobody listens."""
     try:
-        return httpx.get(f"{engine.url}/health", trust_env=False).status_code
+        with engine.client() as client:
+            return client.get("/health").status_code
     except httpx.TransportError:
         return None
 

@@ -20,7 +20,7 @@ START_TIMEOUT_S = 300.0
 class Rank(Engine):
     """One rank on a host of its own."""
 
-    place: str
+    place: str = ""
 
     @property
     def host(self) -> str:
@@ -45,7 +45,7 @@ def ranks(
         with log.open("w") as out:
             argv = [*session, *command(kind), *words, *FLAGS]
             process = lab.popen(place, argv, env=env, stdout=out, stderr=out)
-        started.append(Rank(kind, lab, 9100, process, log, place))
+        started.append(Rank(kind, lab, 9100, process, log, False, place))
     try:
         wait_for("rank 0 to be healthy", lambda: healthy(started[0]), timeout_s=START_TIMEOUT_S)
         yield started

@@ -21,13 +21,14 @@ from reconciler.execute import DEADLINE_S, execute
 from reconciler.observe import World
 from reconciler.plan import Action, Cancel, Drain, JobRef, Plan, Reason, Route, Submit
 from reconciler.planner import plan
-from reconciler.routes import GatewayFiles
-from reconciler.state import GatewayView, Job, Memory, Recipe, Usage
+from reconciler.routes import AUTHORITY_FILE, KEY_FILE, GatewayFiles
+from reconciler.state import GatewayView, Job, Memory, Recipe, Trust, Usage
 from reconciler.usage import Tallies
 from tests.simulation.secrets import MemorySecrets
 from tests.unit.build import (
     DIGEST,
     KEYS,
+    RING,
     fleet,
     job,
     model_record,
@@ -60,6 +61,8 @@ class FakeWorld:
     done: list[str] = field(default_factory=list)
     scripts: Mapping[int, str] = field(default_factory=dict)
     journal: "FakeJournal" = field(default_factory=lambda: FakeJournal())
+    submitted: list[str] = field(default_factory=list)
+    changed: list[GatewayFiles] = field(default_factory=list)
     at_once: int = 1  # in the plan's order, so that a test can say what was done when
 
     def _do(self, what: str) -> None:
@@ -100,6 +103,7 @@ class FakeWorld:
             if line.startswith("#SBATCH --job-name=")
         ]
         self._do(f"submit {name}")
+        self.submitted.append(script)
         return 100 + len(self.done)
 
     def drain(self, job: JobRef) -> None:
@@ -120,6 +124,7 @@ class FakeGateways:
 
     def change(self, name: str, files: GatewayFiles) -> None:
         self.world._do(f"change {name} {files.generation}")
+        self.world.changed.append(files)
 
     def log(self, name: str, position: str) -> LogPart:
         assert name
@@ -482,3 +487,29 @@ def test_R32_journal_error_comes_beside_those_of_actions() -> None:
     fake = FakeWorld(live=(ONE,), fail=fails, journal=FakeJournal(full=0))
     errors = perform(made(drain(ONE)), fake)
     assert [error.split(":")[0] for error in errors] == [f"drain {ONE.name}", "journal"]
+
+
+def test_submission_gives_a_protected_job_its_keys() -> None:
+    """Their ids stand in its comment; an open fleet's jobs get none."""
+    opened = fleet(model_record(replicas=2), replica_access="open")
+    recipe = Recipe.of(opened, opened.models[0], digest=DIGEST, program="/opt/e", commit=None)
+    name = replace(ONE.name, revision=recipe.revision, ordinal=7)
+    for recipes, submit in (
+        (RECIPES, Submit(name=replace(ONE.name, ordinal=7), gpus=1, reason=Reason.MISSING)),
+        ([recipe], Submit(name=name, gpus=1, reason=Reason.MISSING)),
+    ):
+        fake = FakeWorld()
+        execute(made(submit), FLEET, fake.world(), recipes, say=lambda _: None)
+        [script] = fake.submitted
+        assert ('"keys":["aaaaaaaa","bbbbbbbb"]' in script) == (recipes is RECIPES)
+
+
+def test_route_brings_the_key_along_and_fails_when_it_is_gone() -> None:
+    """The gateway keeps what it has until a plan is made with the keys that there are."""
+    fake, route = FakeWorld(), to(ONE)
+    assert perform(made(route), fake) == []
+    assert fake.changed[0].secrets.keys() == {KEY_FILE, AUTHORITY_FILE}
+    gone = replace(route, trust=Trust(key="cccccccc", authority=RING.authority))
+    [error] = perform(made(gone), fake)
+    assert "have changed meanwhile" in error
+    assert len(fake.changed) == 2

@@ -5,13 +5,15 @@ and how it behaves. The same steps on a real NGINX are in tests/e2e.
 """
 
 import os
+import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from reconciler.adapters.nginx import NginxGateways
 from reconciler.errors import GatewayFailed
-from reconciler.routes import GatewayFiles
+from reconciler.routes import KEY_FILE, GatewayFiles
 from tests.unit.build import fleet, job, rendered, revision, target
 
 FLEET = fleet()
@@ -233,3 +235,36 @@ def test_answers_keep_their_connections_after_a_reload_that_does_not_take(
     with pytest.raises(GatewayFailed):
         gateway.adapter.change("gateway", to(TWO))
     assert list(gateway.folder.glob("gen-*/closing")) == []
+
+
+def keyed(key: str, *jobs: object) -> GatewayFiles:
+    """The files of a gateway that shows a key, and the one that holds it."""
+    return replace(to(*jobs), secrets={KEY_FILE: key})
+
+
+def test_key_is_its_users_alone_and_only_where_it_is_in_use(gateway: Gateway) -> None:
+    """Older generations are kept to look at, and lose their keys."""
+    gateway.adapter.change("gateway", keyed("first", ONE))
+    gateway.adapter.change("gateway", keyed("second", TWO))
+    [file] = gateway.folder.glob(f"gen-*/{KEY_FILE}")
+    assert file.parent.name == gateway.linked
+    assert file.read_text() == "second"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert len(list(gateway.folder.glob("gen-*"))) == 2
+
+
+def test_generation_that_comes_back_has_its_key_again(gateway: Gateway) -> None:
+    """Its other files are on disk still."""
+    for jobs in ((ONE,), (TWO,), (ONE,)):
+        gateway.adapter.change("gateway", keyed("the key", *jobs))
+    assert gateway.linked == f"gen-{to(ONE).generation}"
+    assert (gateway.folder / "current" / KEY_FILE).read_text() == "the key"
+
+
+def test_change_that_does_not_take_keeps_the_key_that_is_in_use(gateway: Gateway) -> None:
+    """A restart of NGINX must find it."""
+    gateway.adapter.change("gateway", keyed("first", ONE))
+    (gateway.here / "deaf").touch()
+    with pytest.raises(GatewayFailed):
+        gateway.adapter.change("gateway", keyed("second", TWO))
+    assert (gateway.folder / "current" / KEY_FILE).read_text() == "first"

@@ -9,9 +9,16 @@ from typing import Any
 
 import pytest
 
-from reconciler.routes import GENERATION_MARK, parse_targets
+from reconciler.routes import (
+    AUTHORITY_FILE,
+    GENERATION_MARK,
+    KEY_FILE,
+    key_in_use,
+    parse_targets,
+    render_gateway,
+)
 from reconciler.spec import Fleet
-from reconciler.state import Target
+from reconciler.state import Target, Trust
 from tests.unit.build import KEYS, fleet, model_record, rendered
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -218,3 +225,52 @@ def test_gateways_of_which_there_are_several_do_not_all_choose_the_same_replica(
         for count in (1, 2)
     ]
     assert ["random two least_conn;" in text for text in texts] == [False, True]
+
+
+def test_upstreams_of_open_and_protected_replicas_are_apart() -> None:
+    """While a fleet changes over a model has both: only the protected ones get TLS and the key."""
+    mixed = [replace(targets()[0], keys=()), targets()[1]]
+    files = rendered(fleet(), mixed).files
+    conf, found = files["fleet.conf"], known(files["fleet.json"])
+    assert "upstream open.tiny {" in conf
+    assert "upstream model.tiny {" in conf
+    assert found["open"] == {"tiny": 0.5}
+
+
+def test_fleet_without_protected_replicas_needs_no_key() -> None:
+    """Neither file that only a protected one needs is asked for."""
+    conf = rendered(fleet(), [replace(targets()[0], keys=())]).files["fleet.conf"]
+    assert KEY_FILE not in conf
+    assert AUTHORITY_FILE not in conf
+    assert 'proxy_set_header Authorization "";' in conf
+
+
+@pytest.mark.parametrize("change", [{"key": "aaaaaaaa"}, {"authority": "0" * 12}])
+def test_another_key_or_authority_is_another_generation(change: dict[str, str]) -> None:
+    """Else a rotation would never reach a gateway."""
+    trust = Trust(key="bbbbbbbb", authority="0123456789ab")
+    made = [render_gateway(three(), targets(), one) for one in (trust, replace(trust, **change))]
+    assert made[0].generation != made[1].generation
+    assert made[0].files["fleet.json"] == made[1].files["fleet.json"]
+
+
+A, B, C = "aaaaaaaa", "bbbbbbbb", "cccccccc"
+IN_USE = {
+    "none": ((), None),
+    "only-open-ones": (((), ()), None),
+    "newest-of-all": (((A, B, C), (A, B, C)), C),
+    "not-known-to-one": (((A, B), (A, B, C)), B),
+    "beside-an-open-one": (((A, B), ()), B),
+    "of-revoked-ones": ((("dddddddd", A), ("dddddddd", A, B)), A),
+    "none-in-common": (((A,), (B, C), (B, C)), C),
+    "none-that-there-is": ((("dddddddd",),), None),
+}
+
+
+@pytest.mark.parametrize(("takes", "expected"), IN_USE.values(), ids=IN_USE.keys())
+def test_key_in_use_is_the_newest_that_all_take(
+    takes: tuple[tuple[str, ...], ...], expected: str | None
+) -> None:
+    """A gateway goes over to a newer key when nobody is left who does not take it."""
+    made = [replace(targets()[0], job_id=at, keys=keys) for at, keys in enumerate(takes)]
+    assert key_in_use((A, B, C), made) == expected

@@ -69,13 +69,14 @@ class Front:
     replicas: Recorder
     port: int = field(default_factory=free_port)
 
-    def fleet(self, **keys: Any) -> Fleet:
-        gateway = {"hosts": [{"name": "gateway"}], "listen": self.port, "body_max": "1m"}
+    def fleet(self, gateway: Mapping[str, Any] | None = None, **keys: Any) -> Fleet:
+        sizes = {"body_max": "1m", "upload_max": "2m"}
+        whole = {"hosts": [{"name": "gateway"}], "listen": self.port, **sizes, **(gateway or {})}
         return fleet(
             model_record(served_names=NAMES),
             *(model_record(name=name) for name in ("big", "cold")),
             model_record(name="off", replicas=0),
-            **{"gateway": {**gateway, "upload_max": "2m"}, "tenants": tenants(), **keys},
+            **{"gateway": whole, "tenants": tenants(), **keys},
         )
 
     def change(self, exhausted: Collection[str] = ("carol",), **keys: Any) -> None:

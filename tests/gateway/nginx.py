@@ -40,9 +40,13 @@ class Nginx:
         self._status = f"127.0.0.1:{free_port()}"
         self._workers: list[int] = []
 
+    def read(self, name: str) -> str:
+        """Return a file of its folder."""
+        return (self._folder / name).read_text(errors="replace")
+
     @property
     def log(self) -> str:
-        return (self._folder / "error.log").read_text(errors="replace")
+        return self.read("error.log")
 
     @property
     def faults(self) -> list[str]:

@@ -233,6 +233,7 @@ def test_key_is_rotated_and_revoked_by_a_reload(front: Front) -> None:
     assert [front.ask("POST", CHAT, TINY, key=key).status for key in (old, new)] == [200, 200]
     front.change(tenants=tenants(alice={"key_sha256": [digest(new)]}))
     assert [front.ask("POST", CHAT, TINY, key=key).status for key in (old, new)] == [401, 200]
+    front.change()
 
 
 def test_fleet_without_tenants_is_open(front: Front) -> None:
@@ -241,6 +242,7 @@ def test_fleet_without_tenants_is_open(front: Front) -> None:
     for key in (None, "anything"):
         assert front.ask("POST", CHAT, TINY, key=key).status == 200
         assert len(front.ask("GET", "/v1/models", key=key).body["data"]) == len(NAMES) + 4
+    front.change()
 
 
 def test_configuration_raises_no_warning(front: Front) -> None:

@@ -189,7 +189,7 @@ def exhausted(fleet: Fleet, usage: Usage | None, running: Iterable[str]) -> tupl
         if tenant.tokens_per_day is not None
     }
     spent = usage.tokens_today if usage else {}
-    over = {name for name, limit in limits.items() if name in spent and spent[name] >= limit}
+    over = {name for name, limit in limits.items() if spent.get(name, 0) >= limit}
     if usage is None or not usage.complete:
         over |= limits.keys() & set(running)
     return tuple(sorted(over))

@@ -88,6 +88,13 @@ log)
   }
   # What NGINX may still write to a rotated file it has written long before this.
   is_settled() { [ "$1" != "$current" ] && [ "$(($(date +%s) - $(stat -c %Z "$1")))" -gt 10 ]; }
+  readable() {
+    [ -r "$1" ] || {
+      echo "$1 can't be read" >&2
+      exit 1
+    }
+  }
+  readable "$folder"
   rotated=$(find "$folder" -maxdepth 1 -name 'access.log[.-]*' ! -name '*.gz' ! -name '*.xz' \
     ! -name '*.bz2' ! -name '*.zst' -type f -printf '%T@ %p\n' | sort -n | cut -d' ' -f2-)
   state=same
@@ -98,10 +105,7 @@ log)
   # The newest that is marked, and those after it. While one is copied there are two of it.
   for one in $rotated "$current"; do
     [ -f "$one" ] || continue
-    if [ ! -r "$one" ]; then
-      echo "$one can't be read" >&2
-      exit 1
-    fi
+    readable "$one"
     if is_marked "$one"; then
       file=$one newer=
     elif [ -n "$file" ] && [ -s "$one" ]; then

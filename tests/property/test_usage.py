@@ -1,11 +1,13 @@
 """A log read in any pieces adds up to the same, and no bytes stop the reading."""
 
 import json
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reconciler.usage import Tallies, report, tally, traffic
+from reconciler.usage import Tally, report, tally, traffic
 from tests.unit.test_usage import NOON, line
 
 _ODD_VALUES: st.SearchStrategy[object] = st.sampled_from(
@@ -47,13 +49,25 @@ def test_log_read_in_any_pieces_adds_up_to_the_same(
     """Cut at any bytes, whole lines at a time, in any grouping."""
     text = b"".join(lines)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
-    sums, begin = Tallies(), 0
+    parts, begin = [], 0
     for cut in [*cuts, len(text)]:
         end = text.rfind(b"\n", begin, cut) + 1 or begin
-        sums += tally(text[begin:end])
+        parts.append(tally(text[begin:end]))
         begin = end
-    assert sums == tally(text)
+    whole = tally(text)
+    assert _summed(part.days for part in parts) == whole.days
+    assert _summed(part.minutes for part in parts) == whole.minutes
+    assert sum(part.odd_lines for part in parts) == whole.odd_lines
     assert begin == len(text)
+
+
+def _summed(parts: Iterable[Mapping[Any, Tally]]) -> dict[Any, Tally]:
+    """What the store does: adds each part to what is there."""
+    sums: dict[Any, Tally] = {}
+    for part in parts:
+        for key, one in part.items():
+            sums[key] = Tally.total([one, sums.get(key, Tally())])
+    return sums
 
 
 @given(_LOG)

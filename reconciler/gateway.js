@@ -21,15 +21,26 @@ const COMPLETION_PATHS = ['/v1/chat/completions', '/v1/completions'];
 const UPLOAD_PATHS = ['/v1/audio/transcriptions', '/v1/audio/translations'];
 const RESPONSE_PATH = /^\/v1\/responses\/[A-Za-z0-9_-]+$/;
 const CANCEL_PATH = /^\/v1\/responses\/[A-Za-z0-9_-]+\/cancel$/;
+const BEARER = /^bearer +([^ ]+) *$/i;
 const BY_PATH = /^\/m\/([a-z0-9-]+)(\/.*)$/;
 
 // Seconds after which a model's first replica may be ready: two retries, which is what OpenAI's
 // clients do by themselves, carry a caller through a cold start of twice as long.
 const RETRY_AFTER_S = {starting: 15, stopped: 30};
 const DAY_S = 86400;
+const UTF_8 = new TextDecoder('utf-8', {fatal: true});
 
 function own(object, key) {
     return Object.prototype.hasOwnProperty.call(object, key);
+}
+
+// Bytes that are no UTF-8 match nothing; a pattern alone would throw at them.
+function matched(pattern, text) {
+    try {
+        return pattern.exec(text);
+    } catch (e) {
+        return null;
+    }
 }
 
 function failed(r, status, type, code, message, param) {
@@ -58,7 +69,7 @@ function tenant(r) {
         return '';
     }
     const sent = r.headersIn;
-    const bearer = /^bearer +([^ ]+) *$/i.exec(sent.Authorization || '');
+    const bearer = matched(BEARER, sent.Authorization || '');
     const key = bearer ? bearer[1] : sent['api-key'] || sent['x-api-key'];
     if (!key) {
         return '';
@@ -145,16 +156,17 @@ function route(r) {
     if (r.method !== 'POST') {
         return wrongMethod(r, 'POST');
     }
-    let text;
+    let sent;
     try {
-        text = r.requestText;
+        sent = r.requestBuffer;
     } catch (e) {
         // So many chunks that the body no longer fits its buffer.
         return r.return(413);
     }
     let body;
     try {
-        body = JSON.parse(text);
+        // Strict: no byte is replaced by a character that an engine would not read there.
+        body = JSON.parse(UTF_8.decode(sent));
     } catch (e) {
         const deep = String(e).includes('too deep');
         const what = deep ? 'is nested too deeply' : 'is not JSON';
@@ -173,13 +185,13 @@ function route(r) {
 
 // /m/MODEL/v1/...: for bodies that are not JSON, and for what has none.
 function routeByPath(r) {
-    const parts = BY_PATH.exec(r.uri);
+    const parts = matched(BY_PATH, r.uri);
     if (!parts) {
         return unknownPath(r);
     }
     const path = parts[2];
-    const right = RESPONSE_PATH.test(path) ? 'GET' : 'POST';
-    if (right === 'POST' && !CANCEL_PATH.test(path)
+    const right = matched(RESPONSE_PATH, path) ? 'GET' : 'POST';
+    if (right === 'POST' && !matched(CANCEL_PATH, path)
         && !JSON_PATHS.includes(path) && !UPLOAD_PATHS.includes(path)) {
         return unknownPath(r);
     }

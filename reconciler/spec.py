@@ -19,12 +19,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from reconciler import source
 from reconciler.arguments import check_arguments, unchecked
 from reconciler.errors import Problem, SpecError
-from reconciler.naming import LABEL
+from reconciler.naming import LABEL, LABEL_MAX
 
 # The folders of a spec, each with one of these a file.
 _FOLDERS = ("models", "tenants")
-# Slurm keeps 1,024 bytes of a job name; NGINX and people want it far shorter.
-_LABEL_MAX = 40
 
 _DURATION = re.compile(r"(?:(?P<days>[0-9]{1,6})-)?(?P<clock>[0-9]{1,9}(?::[0-9]{1,9}){0,2})")
 _MEMORY = re.compile(r"[1-9][0-9]{0,8}[MGT]")
@@ -87,7 +85,7 @@ def _one_line(text: str) -> str:
     return text
 
 
-Label = Annotated[str, Field(pattern=rf"^{LABEL}$", max_length=_LABEL_MAX)]
+Label = Annotated[str, Field(pattern=rf"^{LABEL}$", max_length=LABEL_MAX)]
 # What reaches an #SBATCH line unquoted.
 SlurmWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.,+-]*$", max_length=200)]
 Duration = Annotated[str, BeforeValidator(_quoted_duration), AfterValidator(_checked_duration)]
@@ -95,7 +93,7 @@ Memory = Annotated[str, AfterValidator(_checked_memory)]
 AbsolutePath = Annotated[str, AfterValidator(_checked_path)]
 LogDir = Annotated[AbsolutePath, AfterValidator(_checked_log_dir)]
 Line = Annotated[str, AfterValidator(_one_line)]
-Version = Annotated[str, Field(pattern=r"^[0-9][0-9A-Za-z.+-]*$", max_length=_LABEL_MAX)]
+Version = Annotated[str, Field(pattern=r"^[0-9][0-9A-Za-z.+-]*$", max_length=LABEL_MAX)]
 EnvName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 ArgName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.-]*$")]
 # true -> --flag, false -> --no-flag, a list -> several words, a mapping -> one word of JSON.
@@ -280,7 +278,7 @@ class Tenant(Strict):
     """Who may call the gateway, with which keys, for which models, how often."""
 
     name: Label
-    key_sha256: Annotated[tuple[KeyHash, ...], Field(strict=False, min_length=1)] = Field(
+    key_sha256: Annotated[tuple[KeyHash, ...], Field(strict=False)] = Field(
         description="of its keys, each valid; `fleet tenant add` and `rotate` write them"
     )
     models: Annotated[tuple[Label, ...], Field(strict=False)] | None = Field(
@@ -668,6 +666,8 @@ def _tenant_mistakes(fleet: Fleet) -> Iterator[tuple[source.Path, str]]:
         here: source.Path = ("tenants", at)
         if tenant.name in names[:at]:
             yield (*here, "name"), f'two tenants are named "{tenant.name}"'
+        if not tenant.key_sha256:
+            yield (*here, "key_sha256"), "no key: nobody could call as this tenant; remove it"
         for index, key in enumerate(tenant.key_sha256):
             if key in owner:
                 yield (*here, "key_sha256", index), f'already a key of the tenant "{owner[key]}"'

@@ -1,18 +1,15 @@
 """The generated files on a real NGINX of a Debian release, on this machine's loopback."""
 
-import http.client
-import json
 import os
 import re
 import socket
 import subprocess
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from reconciler.adapters.nginx import _tar
 from reconciler.routes import STATUS_ADDRESS, render_gateway
@@ -34,15 +31,6 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One answer, its body read as JSON if it has one."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: Any
-
-
 class Nginx:
     """One running NGINX; `change` gives it a fleet's files by the product's own script."""
 
@@ -50,10 +38,15 @@ class Nginx:
         self._folder = folder
         self._process = process
         self._status = f"127.0.0.1:{free_port()}"
+        self._workers: list[int] = []
+
+    def read(self, name: str) -> str:
+        """Return a file of its folder."""
+        return (self._folder / name).read_text(errors="replace")
 
     @property
     def log(self) -> str:
-        return (self._folder / "error.log").read_text(errors="replace")
+        return self.read("error.log")
 
     @property
     def faults(self) -> list[str]:
@@ -66,8 +59,9 @@ class Nginx:
         return _children(self._process.pid)[0]
 
     @property
-    def workers(self) -> list[int]:
-        return _children(self.master)
+    def unharmed(self) -> bool:
+        """Whether the workers that the last change started still run, and nothing failed."""
+        return self._workers == _children(self.master) and not self.faults
 
     def change(
         self, fleet: Fleet, targets: Sequence[Target], exhausted: Collection[str] = ()
@@ -76,9 +70,12 @@ class Nginx:
         made = render_gateway(fleet, targets, exhausted)
         conf = made.files["fleet.conf"].replace(STATUS_ADDRESS, self._status)
         made = replace(made, files={**made.files, "fleet.conf": conf})
+        old = set(_children(self.master))
         argv = ["sh", "-c", CHANGE, "gateway", FOLDER, self._status, "change", made.generation]
         said = self.inside(argv, stdin=_tar(made)).stdout.decode()
         assert said.strip() == made.generation, self.log
+        wait_for("the old workers to end", lambda: not old & set(_children(self.master)))
+        self._workers = _children(self.master)
 
     def check(self) -> str:
         """Return what `nginx -t` says of the files that it runs."""
@@ -125,24 +122,3 @@ def running(release: str, folder: Path) -> Iterator[Nginx]:
 
 def _children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def ask(
-    port: int,
-    method: str,
-    path: str,
-    body: bytes | Mapping[str, Any] | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> Answer:
-    """Send one request on a connection of its own; a mapping is sent as JSON."""
-    data = json.dumps(body).encode() if isinstance(body, Mapping) else body
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    try:
-        connection.request(
-            method, path, data, {"Content-Type": "application/json", **(headers or {})}
-        )
-        answer = connection.getresponse()
-        text = answer.read()
-        return Answer(answer.status, dict(answer.getheaders()), json.loads(text) if text else None)
-    finally:
-        connection.close()

@@ -26,11 +26,8 @@ class Recorder:
 
     ports: dict[str, int] = field(default_factory=dict)
     got: list[Got] = field(default_factory=list)
-    # Requests that are under way, and the most that ever were.
-    now: int = 0
-    most: int = 0
-    # How long each takes.
-    seconds: float = 0.0
+    # While it is not set, no request is answered.
+    gate: threading.Event = field(default_factory=threading.Event)
 
     def targets(self) -> list[Target]:
         """As the planner names them: one replica for each model."""
@@ -52,11 +49,8 @@ class Recorder:
                 }
                 body = await reader.readexactly(int(headers.get("content-length", 0)))
                 self.got.append(Got(name, line, headers, body))
-                self.now += 1
-                self.most = max(self.most, self.now)
-                if self.seconds:
-                    await asyncio.sleep(self.seconds)
-                self.now -= 1
+                if not self.gate.is_set():
+                    await asyncio.to_thread(self.gate.wait)
                 text = json.dumps({"object": "chat.completion", "choices": [], "model": name})
                 writer.write(
                     b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
@@ -73,6 +67,7 @@ class Recorder:
 def recording(names: Sequence[str]) -> Iterator[Recorder]:
     """Run a replica for each name, in a thread of their own."""
     recorder = Recorder()
+    recorder.gate.set()
     loop = asyncio.new_event_loop()
 
     async def start() -> list[asyncio.Server]:

@@ -6,16 +6,18 @@ log, in any order, add up to those of the whole.
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Self
+from functools import lru_cache
+from typing import Any
 
 from reconciler.spec import Fleet
 from reconciler.state import Traffic, Usage
 
 # What a model's traffic is told of: short enough to follow a rush, long enough to count something.
 WINDOW_MINUTES = 5
+_DAY_S = 86400
 # Bounds of the histogram of times to the first byte: each is this many times the one before.
 _RATIO = 2 ** (1 / 4)
 _FIRST_BOUND_S = 0.001
@@ -41,17 +43,20 @@ class Tally:
     completion_tokens: int = 0
     first_bytes: Mapping[int, int] = field(default_factory=dict)
 
-    def __add__(self, other: Self) -> "Tally":
-        counts = dict(self.first_bytes)
-        for bucket, count in other.first_bytes.items():
-            counts[bucket] = counts.get(bucket, 0) + count
-        return Tally(
-            requests=self.requests + other.requests,
-            errors=self.errors + other.errors,
-            refused=self.refused + other.refused,
-            unfinished=self.unfinished + other.unfinished,
-            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
-            completion_tokens=self.completion_tokens + other.completion_tokens,
+    @classmethod
+    def total(cls, parts: Sequence["Tally"]) -> "Tally":
+        """Return the sums of some sums."""
+        counts: dict[int, int] = {}
+        for part in parts:
+            for bucket, count in part.first_bytes.items():
+                counts[bucket] = counts.get(bucket, 0) + count
+        return cls(
+            requests=sum(part.requests for part in parts),
+            errors=sum(part.errors for part in parts),
+            refused=sum(part.refused for part in parts),
+            unfinished=sum(part.unfinished for part in parts),
+            prompt_tokens=sum(part.prompt_tokens for part in parts),
+            completion_tokens=sum(part.completion_tokens for part in parts),
             first_bytes=counts,
         )
 
@@ -85,13 +90,6 @@ class Tallies:
     minutes: Mapping[MinuteKey, Tally] = field(default_factory=dict)
     odd_lines: int = 0
 
-    def __add__(self, other: Self) -> "Tallies":
-        return Tallies(
-            days=_merged(self.days, other.days),
-            minutes=_merged(self.minutes, other.minutes),
-            odd_lines=self.odd_lines + other.odd_lines,
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class _Request:
@@ -105,8 +103,8 @@ class _Request:
 
 def tally(lines: bytes) -> Tallies:
     """Return the sums of whole lines. What can't be read is counted, never an error."""
-    days: dict[DayKey, Tally] = {}
-    minutes: dict[MinuteKey, Tally] = {}
+    days: dict[DayKey, list[Tally]] = {}
+    minutes: dict[MinuteKey, list[Tally]] = {}
     odd_lines = 0
     for line in lines.split(b"\n"):
         if not line:
@@ -116,29 +114,33 @@ def tally(lines: bytes) -> Tallies:
             odd_lines += 1
             continue
         day = (day_of(request.at), request.tenant, request.model)
-        days[day] = days.get(day, Tally()) + request.tally
+        days.setdefault(day, []).append(request.tally)
         if request.model:
             minute = (int(request.at // 60), request.model)
-            minutes[minute] = minutes.get(minute, Tally()) + request.tally
-    return Tallies(days=days, minutes=minutes, odd_lines=odd_lines)
+            minutes.setdefault(minute, []).append(request.tally)
+    return Tallies(
+        days={key: Tally.total(parts) for key, parts in days.items()},
+        minutes={key: Tally.total(parts) for key, parts in minutes.items()},
+        odd_lines=odd_lines,
+    )
 
 
 def traffic(minutes: Mapping[MinuteKey, Tally], at: float) -> Mapping[str, Traffic]:
     """Return what each model was asked for in the last minutes before `at`."""
     first = first_minute(at)
-    sums: dict[str, Tally] = {}
+    parts: dict[str, list[Tally]] = {}
     for (minute, model), part in minutes.items():
         if first <= minute:
-            sums[model] = sums.get(model, Tally()) + part
+            parts.setdefault(model, []).append(part)
     return {
         model: Traffic(
             minutes=WINDOW_MINUTES,
-            requests=part.requests,
-            errors=part.errors,
-            refused=part.refused,
-            first_byte_s=part.percentiles(),
+            requests=sums.requests,
+            errors=sums.errors,
+            refused=sums.refused,
+            first_byte_s=sums.percentiles(),
         )
-        for model, part in sorted(sums.items())
+        for model, sums in ((model, Tally.total(of)) for model, of in sorted(parts.items()))
     }
 
 
@@ -158,10 +160,7 @@ def report(
         {"day": day, "tenant": who, "model": what, **_row(sums)}
         for (day, who, what), sums in chosen.items()
     ]
-    total = Tally()
-    for sums in chosen.values():
-        total += sums
-    return {"rows": rows, "total": _row(total)}
+    return {"rows": rows, "total": _row(Tally.total([*chosen.values()]))}
 
 
 def _row(sums: Tally) -> Mapping[str, Any]:
@@ -189,7 +188,7 @@ def exhausted(fleet: Fleet, usage: Usage | None, running: Iterable[str]) -> tupl
         if tenant.tokens_per_day is not None
     }
     spent = usage.tokens_today if usage else {}
-    over = {name for name, limit in limits.items() if name in spent and spent[name] >= limit}
+    over = {name for name, limit in limits.items() if spent.get(name, 0) >= limit}
     if usage is None or not usage.complete:
         over |= limits.keys() & set(running)
     return tuple(sorted(over))
@@ -202,12 +201,17 @@ def first_minute(at: float) -> int:
 
 def day_of(at: float) -> str:
     """Return the UTC day of a time (epoch seconds), as 2026-11-30."""
-    return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d}"
+    return _day(int(at // _DAY_S))
+
+
+@lru_cache(maxsize=1000)
+def _day(number: int) -> str:
+    return str(datetime.fromtimestamp(number * _DAY_S, UTC).date())
 
 
 def midnight_after(at: float) -> float:
     """Return when the UTC day of `at` ends (epoch seconds)."""
-    return (at // 86400 + 1) * 86400
+    return (at // _DAY_S + 1) * _DAY_S
 
 
 def _request(line: bytes) -> _Request | None:
@@ -272,10 +276,3 @@ def _percentile(counts: Mapping[int, int], share: float) -> float:
             break
     middle: float = _RATIO ** (bucket - 0.5 if bucket else 0)
     return _FIRST_BOUND_S * middle
-
-
-def _merged(one: Mapping[Any, Tally], other: Mapping[Any, Tally]) -> Mapping[Any, Tally]:
-    both = dict(one)
-    for key, part in other.items():
-        both[key] = both.get(key, Tally()) + part
-    return both

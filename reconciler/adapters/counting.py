@@ -64,7 +64,7 @@ def _exists(db: sqlite3.Connection) -> bool:
 
 def _add(db: sqlite3.Connection, table: str, key: tuple[str | int, ...], tally: Tally) -> None:
     where = " AND ".join(f"{name} = ?" for name in _KEYS[table])
-    sums = tally + _select(db, table, where, key).get(key, Tally())
+    sums = Tally.total([tally, *_select(db, table, where, key).values()])
     row = (*key, *(getattr(sums, name) for name in _SUMS), json.dumps(sums.first_bytes))
     marks = ", ".join("?" * len(row))
     db.execute(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", row)  # noqa: S608

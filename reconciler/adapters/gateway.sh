@@ -45,7 +45,7 @@ change)
   # Before 1.25.1 HTTP/2 is a word of `listen`, which later ones warn of.
   if grep -q '^ *http2 on;$' "$part/fleet.conf" &&
     nginx -v 2>&1 | grep -qE '/1\.(1[0-9]|2[0-4])\.|/1\.25\.0'; then
-    sed -i -e '/^ *http2 on;$/d' -e 's/^\( *listen .* ssl\);$/\1 http2;/' "$part/fleet.conf"
+    sed -i -e '/^ *http2 on;$/d' -e 's/^\( *listen .* ssl\)\(.*\);$/\1 http2\2;/' "$part/fleet.conf"
   fi
   nginx -t -q -c "$part/nginx.conf"
   before=$(running)
@@ -106,6 +106,13 @@ log)
   }
   # What NGINX may still write to a rotated file it has written long before this.
   is_settled() { [ "$1" != "$current" ] && [ "$(($(date +%s) - $(stat -c %Z "$1")))" -gt 10 ]; }
+  readable() {
+    [ -r "$1" ] || {
+      echo "$1 can't be read" >&2
+      exit 1
+    }
+  }
+  readable "$folder"
   rotated=$(find "$folder" -maxdepth 1 -name 'access.log[.-]*' ! -name '*.gz' ! -name '*.xz' \
     ! -name '*.bz2' ! -name '*.zst' -type f -printf '%T@ %p\n' | sort -n | cut -d' ' -f2-)
   state=same
@@ -116,10 +123,7 @@ log)
   # The newest that is marked, and those after it. While one is copied there are two of it.
   for one in $rotated "$current"; do
     [ -f "$one" ] || continue
-    if [ ! -r "$one" ]; then
-      echo "$one can't be read" >&2
-      exit 1
-    fi
+    readable "$one"
     if is_marked "$one"; then
       file=$one newer=
     elif [ -n "$file" ] && [ -s "$one" ]; then

@@ -196,6 +196,39 @@ def test_a_chat_stream_is_role_tokens_usage_done(client: httpx.Client) -> None:
     assert last["system_fingerprint"]
 
 
+@pytest.mark.parametrize("path", [CHAT, COMPLETION])
+def test_usage_is_told_to_who_asks_last_and_changes_nothing_else(
+    client: httpx.Client, path: str
+) -> None:
+    """The gateway adds its question behind a client's; of two keys of one name the last holds.
+
+    Without the event that tells it a stream is what it would have been, but for its fingerprint.
+    """
+    plain = {**chat(4), "stream": True, "temperature": 0}
+    if path == COMPLETION:
+        plain = {**plain, "prompt": "hello"}
+        del plain["messages"]
+    refusing = json.dumps({**plain, "stream_options": {"include_usage": False}})
+    asking = refusing.removesuffix("}") + ',"stream_options":{"include_usage":true}}'
+    told, untold = (
+        [
+            json.loads(line.removeprefix("data: "))
+            for line in client.post(
+                path, content=body, headers={"Content-Type": "application/json"}
+            ).text.splitlines()
+            if line.startswith("data: {")
+        ]
+        for body in (asking, refusing)
+    )
+    *told, last = told
+    assert (last["choices"], last["usage"]["completion_tokens"]) == ([], 4)
+    differing = {"id", "created", "system_fingerprint"}
+    for event in (*told, *untold):
+        for key in differing & event.keys():
+            del event[key]
+    assert told == untold
+
+
 def test_a_completion_stream_is_tokens_done(client: httpx.Client) -> None:
     body = {"model": NAMES[0], "prompt": "hello", "max_tokens": 3}
     with streaming(client, body, COMPLETION) as stream:

@@ -21,6 +21,7 @@ import click
 
 from reconciler import __version__
 from reconciler.errors import FleetError, PlanDiffers, SpecError
+from reconciler.tenants import tenant
 from reconciler.terminal import Ending, Progress, ending, record_of
 
 if TYPE_CHECKING:
@@ -89,8 +90,11 @@ def _fail(text: str, status: int = 1) -> NoReturn:
 def main() -> None:
     """Keep fleets of language models on Slurm as their specs in git say.
 
-    SPEC is a folder that holds fleet.yaml (and models/*.yaml).
+    SPEC is a folder that holds fleet.yaml (and models/*.yaml, tenants/*.yaml).
     """
+
+
+main.add_command(tenant)
 
 
 @main.command()

@@ -1,53 +1,205 @@
-// Sends a request to the upstream of the model that its JSON body names. FLEET, which
-// reconciler/routes.py writes above these lines, is:
-//   fleet   its name
-//   names   what a client may call a model -> the model's own name
-//   listed  these names, in the spec's order
-//   states  the model's own name -> ready, starting or stopped
+// Sends a request to the upstream of the model that its JSON body, or its path, names. FLEET,
+// which reconciler/routes.py writes above these lines, is:
+//   fleet      its name
+//   names      what a client may call a model -> the model's own name
+//   listed     these names, in the spec's order
+//   states     the model's own name -> ready, starting or stopped
+//   keys       the sha256 of a key -> the name of its tenant; null: open to everyone
+//   tenants    the name of a tenant -> what it may: models, their own names or null for all, and
+//              which of the limits in gateway.conf, rate and concurrency, are its own
+//   exhausted  the tenants that have used up their tokens of this day (UTC)
+import crypto from 'crypto';
 import fs from 'fs';
 
-function error(r, status, code, message) {
-    r.headersOut['Content-Type'] = 'application/json';
-    const body = {message: message, type: 'invalid_request_error', code: code};
-    r.return(status, JSON.stringify({error: body}));
+// What vLLM 0.32 serves to callers. Whatever is not named here never reaches a replica: paths
+// that load adapters, put the engine to sleep or show its inside.
+const JSON_PATHS = [
+    '/v1/chat/completions', '/v1/completions', '/v1/responses', '/v1/embeddings',
+    '/v1/messages', '/v1/messages/count_tokens', '/tokenize', '/detokenize',
+    '/v1/score', '/score', '/v1/rerank', '/v2/rerank', '/rerank', '/classify', '/pooling',
+];
+const UPLOAD_PATHS = ['/v1/audio/transcriptions', '/v1/audio/translations'];
+const RESPONSE_PATH = /^\/v1\/responses\/[A-Za-z0-9_-]+$/;
+const CANCEL_PATH = /^\/v1\/responses\/[A-Za-z0-9_-]+\/cancel$/;
+const BEARER = /^bearer +([^ ]+) *$/i;
+const BY_PATH = /^\/m\/([a-z0-9-]+)(\/.*)$/;
+
+// Seconds after which a model's first replica may be ready: two retries, which is what OpenAI's
+// clients do by themselves, carry a caller through a cold start of twice as long.
+const RETRY_AFTER_S = {starting: 15, stopped: 30};
+const DAY_S = 86400;
+const UTF_8 = new TextDecoder('utf-8', {fatal: true});
+
+function own(object, key) {
+    return Object.prototype.hasOwnProperty.call(object, key);
 }
 
-function notFound(r) {
-    error(r, 404, 'not_found', 'No such path; the OpenAI API is below /v1/.');
-}
-
-function route(r) {
-    if (r.method !== 'POST') {
-        return error(r, 405, 'method_not_allowed', 'Use POST here.');
-    }
-    let body;
+// Bytes that are no UTF-8 match nothing; a pattern alone would throw at them.
+function matched(pattern, text) {
     try {
-        body = JSON.parse(r.requestText);
+        return pattern.exec(text);
     } catch (e) {
-        return error(r, 400, 'invalid_json', 'The request body is not JSON.');
+        return null;
     }
-    if (body === null || typeof body.model !== 'string' || !body.model) {
-        return error(r, 400, 'model_required', 'The request body must name a model.');
+}
+
+function failed(r, status, type, code, message, param) {
+    r.headersOut['Content-Type'] = 'application/json';
+    const error = {message: message, type: type, param: param || null, code: code};
+    r.return(status, JSON.stringify({error: error}));
+}
+
+function refused(r, status, code, message, param) {
+    failed(r, status, 'invalid_request_error', code, message, param);
+}
+
+function unknownPath(r) {
+    refused(r, 404, 'unknown_url', 'No such path; the OpenAI API is below /v1/.');
+}
+
+function wrongMethod(r, right) {
+    r.headersOut.Allow = right;
+    refused(r, 405, 'method_not_supported', `Use ${right} here.`);
+}
+
+// Who calls: '' for nobody known, and for everyone where there are no tenants.
+function tenant(r) {
+    if (FLEET.keys === null) {
+        return '';
     }
-    if (!Object.prototype.hasOwnProperty.call(FLEET.names, body.model)) {
-        return error(r, 404, 'model_not_found', 'No such model; GET /v1/models lists them.');
+    const sent = r.headersIn;
+    const bearer = matched(BEARER, sent.Authorization || '');
+    const key = bearer ? bearer[1] : sent['api-key'] || sent['x-api-key'];
+    if (!key) {
+        return '';
     }
-    const model = FLEET.names[body.model];
+    const hash = crypto.createHash('sha256').update(key).digest('hex');
+    return own(FLEET.keys, hash) ? FLEET.keys[hash] : '';
+}
+
+function allowed(r) {
+    if (FLEET.keys === null) {
+        return {models: null};
+    }
+    return FLEET.tenants[r.variables.fleet_tenant] || {models: []};
+}
+
+function rate(r) {
+    return allowed(r).rate || '';
+}
+
+function concurrency(r) {
+    return allowed(r).concurrency || '';
+}
+
+function mayUse(r, model) {
+    const models = allowed(r).models;
+    return models === null || models.includes(model);
+}
+
+// Passes a request on to the replicas of a model; every way to one goes through here.
+function send(r, model, path) {
+    if (!mayUse(r, model)) {
+        return refused(r, 403, 'model_not_found', 'This key may not use that model.', 'model');
+    }
+    if (FLEET.exhausted.includes(r.variables.fleet_tenant)) {
+        // Until the next day begins, so nothing retries before.
+        r.headersOut['Retry-After'] = String(DAY_S - Math.floor(Date.now() / 1000) % DAY_S);
+        r.headersOut['X-Should-Retry'] = 'false';
+        const message = 'The tokens of this day are used up; the next day begins at 00:00 UTC.';
+        return failed(r, 429, 'insufficient_quota', 'insufficient_quota', message);
+    }
     r.variables.fleet_model = model;
-    if (FLEET.states[model] !== 'ready') {
-        r.headersOut['Retry-After'] = '10';
-        return error(r, 503, 'model_not_ready', 'No replica of this model is ready; try again.');
+    const state = FLEET.states[model];
+    if (state !== 'ready') {
+        r.headersOut['Retry-After'] = String(RETRY_AFTER_S[state]);
+        const message = 'No replica of this model is ready; try again.';
+        return failed(r, 503, 'server_error', 'model_not_ready', message);
     }
     r.variables.fleet_upstream = `model.${model}`;
+    r.variables.fleet_path = path;
     r.internalRedirect('@replicas');
 }
 
+function route(r) {
+    if (UPLOAD_PATHS.includes(r.uri)) {
+        const message = `This path has no JSON body: use /m/MODEL${r.uri}.`;
+        return refused(r, 404, 'unknown_url', message);
+    }
+    if (!JSON_PATHS.includes(r.uri)) {
+        return unknownPath(r);
+    }
+    if (r.method !== 'POST') {
+        return wrongMethod(r, 'POST');
+    }
+    let sent;
+    try {
+        sent = r.requestBuffer;
+    } catch (e) {
+        // So many chunks that the body no longer fits its buffer.
+        return r.return(413);
+    }
+    let body;
+    try {
+        // Strict: no byte is replaced by a character that an engine would not read there.
+        body = JSON.parse(UTF_8.decode(sent));
+    } catch (e) {
+        const deep = String(e).includes('too deep');
+        const what = deep ? 'is nested too deeply' : 'is not JSON';
+        return refused(r, 400, 'invalid_json', `The request body ${what}.`);
+    }
+    if (body === null || typeof body !== 'object' || !own(body, 'model')
+        || typeof body.model !== 'string' || !body.model) {
+        return refused(r, 400, 'model_required', 'The request body must name a model.', 'model');
+    }
+    if (!own(FLEET.names, body.model)) {
+        const message = 'No such model; GET /v1/models lists them.';
+        return refused(r, 404, 'model_not_found', message, 'model');
+    }
+    send(r, FLEET.names[body.model], r.uri);
+}
+
+// /m/MODEL/v1/...: for bodies that are not JSON, and for what has none.
+function routeByPath(r) {
+    const parts = matched(BY_PATH, r.uri);
+    if (!parts) {
+        return unknownPath(r);
+    }
+    const path = parts[2];
+    const right = matched(RESPONSE_PATH, path) ? 'GET' : 'POST';
+    if (right === 'POST' && !matched(CANCEL_PATH, path)
+        && !JSON_PATHS.includes(path) && !UPLOAD_PATHS.includes(path)) {
+        return unknownPath(r);
+    }
+    if (r.method !== right) {
+        return wrongMethod(r, right);
+    }
+    if (!own(FLEET.states, parts[1])) {
+        return refused(r, 404, 'model_not_found', 'No such model; GET /v1/models lists them.');
+    }
+    send(r, parts[1], path);
+}
+
+function entry(name) {
+    const state = FLEET.states[FLEET.names[name]];
+    return {id: name, object: 'model', created: 0, owned_by: FLEET.fleet, state: state};
+}
+
+// GET /v1/models and /v1/models/NAME: what this tenant may use, and whether it can be used now.
 function models(r) {
-    const data = FLEET.listed.map(name => ({
-        id: name, object: 'model', owned_by: FLEET.fleet, state: FLEET.states[FLEET.names[name]],
-    }));
+    if (r.method !== 'GET' && r.method !== 'HEAD') {
+        return wrongMethod(r, 'GET');
+    }
+    const names = FLEET.listed.filter(name => mayUse(r, FLEET.names[name]));
     r.headersOut['Content-Type'] = 'application/json';
-    r.return(200, JSON.stringify({object: 'list', data: data}));
+    if (r.uri === '/v1/models') {
+        return r.return(200, JSON.stringify({object: 'list', data: names.map(entry)}));
+    }
+    const name = r.uri.slice('/v1/models/'.length);
+    if (r.uri[10] !== '/' || !names.includes(name)) {
+        return refused(r, 404, 'model_not_found', 'No such model; GET /v1/models lists them.');
+    }
+    r.return(200, JSON.stringify(entry(name)));
 }
 
 // NGINX ends idle connections at a reload, although a request may be on its way on one. So for a
@@ -58,4 +210,4 @@ function connection(r) {
     return closing && r.httpVersion < '2' ? 'close' : '';
 }
 
-export default {route, models, notFound, connection};
+export default {tenant, rate, concurrency, route, routeByPath, models, connection};

@@ -10,18 +10,16 @@ named location, so that streaming and retries stay in the proxy module
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 
 from reconciler.naming import LABEL, checked_address
-from reconciler.spec import Fleet
+from reconciler.spec import Fleet, Tenant
 from reconciler.state import Target
 
 # Where a gateway answers its generation; loopback only, for the adapter on the same host.
 STATUS_ADDRESS = "127.0.0.1:8091"
-# Long prompts in JSON; njs can't read a body that was spilled to disk, so it is also the buffer.
-_BODY_MAX = "8m"
 # A dead node's connections end after keep-alive gives up, some 14 s; a retry must still be
 # allowed then. 30 s in all is what a client is promised.
 _RETRY_WINDOW_S = 25
@@ -31,11 +29,19 @@ _BALANCE = "least_conn"
 # would choose the same one.
 _BALANCE_OF_SEVERAL = "random two least_conn"
 
-_TOO_LARGE = {
-    "message": f"The request is larger than {_BODY_MAX}.",
-    "type": "invalid_request_error",
-    "code": "request_too_large",
-}
+# Some thousand tenants: NGINX forgets the one that has not called for the longest.
+_ZONE = "256k"
+# `http2 on`, which NGINX before 1.25.1 does not know: gateway.sh writes it as that takes it.
+_TLS = """\
+    http2 on;
+    ssl_certificate @CERTIFICATE@;
+    ssl_certificate_key @KEY@;
+    ssl_protocols TLSv1.2 TLSv1.3;
+    ssl_ciphers ECDHE+AESGCM:ECDHE+CHACHA20;
+    ssl_session_cache shared:fleet_tls:2m;
+    ssl_session_tickets off;
+    add_header Strict-Transport-Security "max-age=31536000" always;
+"""
 
 GENERATION_MARK = "@GENERATION@"
 
@@ -52,8 +58,13 @@ class GatewayFiles:
     files: Mapping[str, str]
 
 
-def render_gateway(fleet: Fleet, targets: Iterable[Target]) -> GatewayFiles:
-    """Return what every gateway of the fleet runs when exactly `targets` get requests."""
+def render_gateway(
+    fleet: Fleet, targets: Iterable[Target], exhausted: Collection[str] = ()
+) -> GatewayFiles:
+    """Return what every gateway of the fleet runs when exactly `targets` get requests.
+
+    `exhausted` names the tenants that have used up their tokens: they are answered 429.
+    """
     ordered = tuple(sorted(set(targets)))
     # A model that is gone from the spec and still guarded is served by its name.
     by_model: dict[str, list[Target]] = {model.name: [] for model in fleet.models}
@@ -61,7 +72,7 @@ def render_gateway(fleet: Fleet, targets: Iterable[Target]) -> GatewayFiles:
         by_model.setdefault(target.model, []).append(target)
     parts = {
         "fleet.conf": _fleet_conf(fleet, by_model),
-        "fleet.js": _fleet_js(fleet, by_model),
+        "fleet.js": _fleet_js(fleet, by_model, exhausted),
         "targets.json": _targets_json(ordered),
     }
     text = json.dumps(parts, sort_keys=True)
@@ -114,17 +125,49 @@ def _fleet_conf(fleet: Fleet, by_model: Mapping[str, list[Target]]) -> str:
     balance = _BALANCE if len(fleet.gateway.hosts) == 1 else _BALANCE_OF_SEVERAL
     upstreams = [_upstream(name, members, balance) for name, members in by_model.items() if members]
     most = max(map(len, by_model.values()), default=0)
+    gateway, tls = fleet.gateway, fleet.gateway.tls
+    zones, limits = _limits(fleet)
     values = {
         "STATUS_ADDRESS": STATUS_ADDRESS,
-        "LISTEN": str(fleet.gateway.listen),
-        "SERVER_NAME": fleet.gateway.server_name,
-        "TOO_LARGE": json.dumps({"error": _TOO_LARGE}),
-        "BODY_MAX": _BODY_MAX,
+        # A connection is accepted with its request: a worker that ends leaves none unread.
+        "LISTEN": f"{gateway.listen} deferred" + (" ssl" if tls else ""),
+        "TLS": _filled(_TLS, {"CERTIFICATE": tls.certificate, "KEY": tls.key}) if tls else "",
+        "SERVER_NAME": gateway.server_name,
+        "REFUSED": "1" if fleet.tenants else '""',
+        "ZONES": zones,
+        "LIMITS": limits,
+        "BODY_MAX": gateway.body_max,
+        "UPLOAD_MAX": gateway.upload_max,
         "RETRY_WINDOW": str(_RETRY_WINDOW_S),
         "TRIES": str(max(2, min(most, 5))),
         "DIRECTORY": fleet.gateway.directory,
     }
     return "\n".join([*upstreams, _filled(_GATEWAY_CONF, values)])
+
+
+def _limits(fleet: Fleet) -> tuple[str, str]:
+    """Return the zones in which NGINX counts, and who is limited by them.
+
+    One for each value that a tenant has: NGINX knows no rate that differs by caller. An empty key
+    is not counted, so a request counts in its own tenant's zones alone.
+    """
+    zones, limits = [], []
+    for rate, burst in sorted({tenant.rate for tenant in fleet.tenants if tenant.rate}):
+        zone = f"fleet_rate_{rate}_{burst}"
+        zones += [
+            f'map $fleet_rate ${zone} {{ default ""; {rate}_{burst} $fleet_tenant; }}\n',
+            f"limit_req_zone ${zone} zone={zone}:{_ZONE} rate={rate}r/m;\n",
+        ]
+        above = f" burst={burst} nodelay" if burst else ""
+        limits.append(f"    limit_req zone={zone}{above};\n")
+    for most in sorted({tenant.concurrency for tenant in fleet.tenants if tenant.concurrency}):
+        zone = f"fleet_concurrency_{most}"
+        zones += [
+            f'map $fleet_concurrency ${zone} {{ default ""; {most} $fleet_tenant; }}\n',
+            f"limit_conn_zone ${zone} zone={zone}:{_ZONE};\n",
+        ]
+        limits.append(f"    limit_conn {zone} {most};\n")
+    return "".join(zones), "".join(limits)
 
 
 def _filled(template: str, values: Mapping[str, str]) -> str:
@@ -141,7 +184,9 @@ def _upstream(model: str, members: list[Target], balance: str) -> str:
     return f"{head}{servers}    keepalive 64;\n}}\n"
 
 
-def _fleet_js(fleet: Fleet, by_model: Mapping[str, list[Target]]) -> str:
+def _fleet_js(
+    fleet: Fleet, by_model: Mapping[str, list[Target]], exhausted: Collection[str]
+) -> str:
     """Return the njs module; names reach it as JSON, so no character of theirs is special."""
     names = {name: model.name for model in fleet.models for name in model.names}
     states = {model.name: "starting" if model.replicas else "stopped" for model in fleet.models}
@@ -150,7 +195,25 @@ def _fleet_js(fleet: Fleet, by_model: Mapping[str, list[Target]]) -> str:
             states[name] = "ready"
     # A model that is gone from the spec and still guarded is served by its name.
     names |= {name: name for name in sorted(by_model) if name not in names}
-    record = {"fleet": fleet.fleet, "names": names, "listed": list(names), "states": states}
+    keys = {key: tenant.name for tenant in fleet.tenants for key in tenant.key_sha256}
+    record = {
+        "fleet": fleet.fleet,
+        "names": names,
+        "listed": list(names),
+        "states": states,
+        "keys": keys or None,
+        "tenants": {tenant.name: _allowed(tenant) for tenant in fleet.tenants},
+        "exhausted": sorted(exhausted),
+    }
     # JSON.parse: in an object literal the key "__proto__" would not be a key.
     data = json.dumps(json.dumps(record, sort_keys=True))
     return f"const FLEET = JSON.parse({data});\n{_GATEWAY_JS}"
+
+
+def _allowed(tenant: Tenant) -> Mapping[str, object]:
+    """Return what gateway.js knows of a tenant."""
+    return {
+        "models": tenant.models,
+        "rate": "{}_{}".format(*tenant.rate) if tenant.rate else None,
+        "concurrency": str(tenant.concurrency) if tenant.concurrency else None,
+    }

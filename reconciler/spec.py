@@ -1,6 +1,7 @@
 """The fleet spec: what is wanted. Strict models, and the folder reader that finds every mistake.
 
-A folder holds `fleet.yaml` and any number of `models/*.yaml` (one model a file), read as one.
+A folder holds `fleet.yaml`, any number of `models/*.yaml` (one model a file) and of
+`tenants/*.yaml` (one tenant a file), read as one.
 """
 
 import hashlib
@@ -18,10 +19,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from reconciler import source
 from reconciler.arguments import check_arguments, unchecked
 from reconciler.errors import Problem, SpecError
-from reconciler.naming import LABEL
+from reconciler.naming import LABEL, LABEL_MAX
 
-# Slurm keeps 1,024 bytes of a job name; NGINX and people want it far shorter.
-_LABEL_MAX = 40
+# The folders of a spec, each with one of these a file.
+_FOLDERS = ("models", "tenants")
 
 _DURATION = re.compile(r"(?:(?P<days>[0-9]{1,6})-)?(?P<clock>[0-9]{1,9}(?::[0-9]{1,9}){0,2})")
 _MEMORY = re.compile(r"[1-9][0-9]{0,8}[MGT]")
@@ -84,7 +85,7 @@ def _one_line(text: str) -> str:
     return text
 
 
-Label = Annotated[str, Field(pattern=rf"^{LABEL}$", max_length=_LABEL_MAX)]
+Label = Annotated[str, Field(pattern=rf"^{LABEL}$", max_length=LABEL_MAX)]
 # What reaches an #SBATCH line unquoted.
 SlurmWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.,+-]*$", max_length=200)]
 Duration = Annotated[str, BeforeValidator(_quoted_duration), AfterValidator(_checked_duration)]
@@ -92,7 +93,7 @@ Memory = Annotated[str, AfterValidator(_checked_memory)]
 AbsolutePath = Annotated[str, AfterValidator(_checked_path)]
 LogDir = Annotated[AbsolutePath, AfterValidator(_checked_log_dir)]
 Line = Annotated[str, AfterValidator(_one_line)]
-Version = Annotated[str, Field(pattern=r"^[0-9][0-9A-Za-z.+-]*$", max_length=_LABEL_MAX)]
+Version = Annotated[str, Field(pattern=r"^[0-9][0-9A-Za-z.+-]*$", max_length=LABEL_MAX)]
 EnvName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 ArgName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.-]*$")]
 # true -> --flag, false -> --no-flag, a list -> several words, a mapping -> one word of JSON.
@@ -101,6 +102,12 @@ ArgValue = ArgScalar | list[ArgScalar] | dict[str, Any]
 # Bounded, so that no sum or product of them overflows what clocks and plans can hold.
 Positive = Annotated[int, Field(ge=1, le=1_000_000)]
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
+# What stands unquoted in NGINX's configuration.
+NginxPath = Annotated[str, Field(pattern=r"^/[A-Za-z0-9._/@+-]+$", max_length=500)]
+NginxSize = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,5}[km]$")]
+# NGINX takes whole requests a minute.
+Rate = Annotated[float, Field(ge=0.02, le=100_000)]
+KeyHash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # A name's ordinal has six digits at most (naming.py): a job beyond them would be foreign to us.
 Replicas = Annotated[int, Field(ge=0, le=10_000)]
 
@@ -152,15 +159,22 @@ class GatewayHost(Strict):
     ssh: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.@-]*$")] | None = None
 
 
+class GatewayTls(Strict):
+    """TLS to the clients; without it the site encrypts in front of the gateway, or nobody does."""
+
+    certificate: NginxPath = Field(description="PEM file on the gateway, with its chain")
+    key: NginxPath = Field(description="PEM file on the gateway, read by NGINX's master alone")
+
+
 class Gateway(Strict):
     """The one address of all models."""
 
     listen: Annotated[int, Field(ge=1, le=65535)] = 8080
     server_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9.-]*$")] = "_"
-    # It stands unquoted in NGINX's configuration.
-    directory: Annotated[AbsolutePath, Field(pattern=r"^[A-Za-z0-9_./@+-]+$")] = (
-        "/var/lib/modelfleet/gateway"
-    )
+    tls: GatewayTls | None = None
+    body_max: NginxSize = Field("8m", description="of a JSON request; a gateway holds it in memory")
+    upload_max: NginxSize = Field("64m", description="of a request to /m/MODEL/, such as audio")
+    directory: NginxPath = "/var/lib/modelfleet/gateway"
     hosts: Annotated[tuple[GatewayHost, ...], Field(strict=False)]
 
 
@@ -260,6 +274,36 @@ class Model(Strict):
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+class Tenant(Strict):
+    """Who may call the gateway, with which keys, for which models, how often."""
+
+    name: Label
+    key_sha256: Annotated[tuple[KeyHash, ...], Field(strict=False)] = Field(
+        description="of its keys, each valid; `fleet tenant add` and `rotate` write them"
+    )
+    models: Annotated[tuple[Label, ...], Field(strict=False)] | None = Field(
+        None, description="that it may use; without this key: all"
+    )
+    requests_per_second: Rate | None = Field(
+        None, description="on each gateway, to the nearest whole request a minute"
+    )
+    burst: Count | None = Field(
+        None, description="requests above that rate at once; default: one second's"
+    )
+    concurrency: Positive | None = Field(None, description="requests at once, on each gateway")
+    tokens_per_day: Annotated[int, Field(ge=0, le=10**15)] | None = Field(
+        None, description="prompt and completion, per UTC day, on all gateways together"
+    )
+
+    @property
+    def rate(self) -> tuple[int, int] | None:
+        """Requests a minute and the burst above, None without a limit."""
+        if self.requests_per_second is None:
+            return None
+        burst = self.burst if self.burst is not None else math.ceil(self.requests_per_second)
+        return round(self.requests_per_second * 60), burst
+
+
 class Fleet(Strict):
     """All that is wanted, of one spec folder."""
 
@@ -275,15 +319,18 @@ class Fleet(Strict):
         0.5, description="the share of ready replicas that fewer `replicas` may end unasked"
     )
     models: Annotated[tuple[Model, ...], Field(strict=False)]
+    tenants: Annotated[tuple[Tenant, ...], Field(strict=False)] = Field(
+        (), description="none at all: whoever reaches the gateway may use every model"
+    )
 
     def model(self, name: str) -> Model | None:
         """Return the model of that name, or None if the spec has none."""
         return next((model for model in self.models if model.name == name), None)
 
     def only(self, model: Model) -> "Fleet":
-        """Return this fleet with one model and its image alone."""
+        """Return this fleet with one model and its image alone, and nobody who may call it."""
         images = {model.image: self.images[model.image]}
-        return self.model_copy(update={"models": (model,), "images": images})
+        return self.model_copy(update={"models": (model,), "images": images, "tenants": ()})
 
     def slurm_for(self, model: Model) -> Slurm:
         """Return the Slurm options of a model: its own, else the fleet's."""
@@ -305,13 +352,7 @@ def load_fleet(folder: Path) -> Fleet:
 
 def read_fleet(folder: Path) -> tuple[Fleet, tuple[Problem, ...]]:
     """Read a spec folder as load_fleet does; return the warnings too, each with its place."""
-    sources = [_read(folder / "fleet.yaml")]
-    if folder.is_dir():
-        sources += _model_files(folder / "models")
-    problems = [problem for part in sources for problem in part.problems]
-    if problems:
-        raise SpecError(problems)
-    merged = _Merged(sources)
+    merged = _Merged(folder)
     if merged.problems:
         raise SpecError(merged.problems)
     try:
@@ -325,8 +366,13 @@ def read_fleet(folder: Path) -> tuple[Fleet, tuple[Problem, ...]]:
     return fleet, tuple(sorted(merged.problem(*warning) for warning in warnings(fleet)))
 
 
-def _model_files(folder: Path) -> Iterator[source.Source]:
-    """Yield each model file. A folder that can't be listed is a mistake, never "no models"."""
+def place_of(folder: Path, path: source.Path) -> Problem:
+    """Return where a part of a spec that load_fleet reads stands; the message is empty."""
+    return _Merged(folder).problem(path, "")
+
+
+def _files(folder: Path) -> Iterator[source.Source]:
+    """Yield each file of a folder. One that can't be listed is a mistake, never an empty one."""
     try:
         paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except FileNotFoundError:
@@ -359,28 +405,38 @@ def _unreadable(path: Path, message: str) -> source.Source:
 
 
 class _Merged:
-    """`fleet.yaml` and the model files as one value; knows which file each part came from."""
+    """`fleet.yaml` and the files of its folders as one value; knows where each part came from."""
 
-    def __init__(self, sources: list[source.Source]) -> None:
-        self._main, *self._extra = sources
-        self.problems = [
+    def __init__(self, folder: Path) -> None:
+        self._main = _read(folder / "fleet.yaml")
+        self._extra: dict[str | int, list[source.Source]] = {
+            kind: list(_files(folder / kind)) if folder.is_dir() else [] for kind in _FOLDERS
+        }
+        sources = [self._main, *(part for parts in self._extra.values() for part in parts)]
+        self.problems = [problem for part in sources for problem in part.problems] or [
             part.problem((), "is empty or not a mapping; see docs/architecture.md for the shape")
             for part in sources
             if not isinstance(part.value, dict)
         ]
         self.value = dict(self._main.value) if isinstance(self._main.value, dict) else {}
-        inline = self.value.get("models")
+        self._inline: dict[str | int, int] = {}
+        for kind in _FOLDERS:
+            self._merge(kind)
+
+    def _merge(self, kind: str) -> None:
+        """Append a folder's values to what fleet.yaml itself lists of that kind."""
+        inline = self.value.get(kind)
         if inline is None:
             inline = []
-        self._inline = len(inline) if isinstance(inline, list) else 0
+        self._inline[kind] = len(inline) if isinstance(inline, list) else 0
         if isinstance(inline, list):
-            self.value["models"] = [*inline, *(part.value for part in self._extra)]
+            self.value[kind] = [*inline, *(part.value for part in self._extra[kind])]
 
     def problem(self, path: source.Path, message: str) -> Problem:
-        if len(path) > 1 and path[0] == "models" and isinstance(path[1], int):
-            extra = path[1] - self._inline
+        if len(path) > 1 and path[0] in self._extra and isinstance(path[1], int):
+            extra = path[1] - self._inline[path[0]]
             if extra >= 0:
-                return self._extra[extra].problem(path[2:], message)
+                return self._extra[path[0]][extra].problem(path[2:], message)
         return self._main.problem(path, message)
 
 
@@ -426,8 +482,8 @@ def _explained(path: source.Path, error: Any) -> tuple[source.Path, str]:
     if kind == "string_pattern_mismatch" and LABEL in error["ctx"]["pattern"]:
         message = "must be a DNS label: lower case letters, digits and inner hyphens"
     given = error.get("input")
-    # What stands in an environment may be a secret; errors go to logs.
-    plain = isinstance(given, str | int | float | bool) and "env" not in path
+    # What stands there may be a secret, such as a key in place of its hash; errors go to logs.
+    plain = isinstance(given, str | int | float | bool) and not {"env", "key_sha256"} & {*path}
     return path, f"{where}: {message}" + (f" (given: {source.shown(given)})" if plain else "")
 
 
@@ -482,6 +538,7 @@ def impossibilities(fleet: Fleet) -> Iterator[tuple[source.Path, str]]:
             yield (*here, "name"), message
         yield from _argument_mistakes(fleet, model, here)
         yield from _canary_mistakes(fleet, model, (*here, "canary"))
+    yield from _tenant_mistakes(fleet)
     wanted = sum(
         variant.replicas * variant.resources.gpus_total
         for model in fleet.models
@@ -494,6 +551,9 @@ def impossibilities(fleet: Fleet) -> Iterator[tuple[source.Path, str]]:
 
 def warnings(fleet: Fleet) -> Iterator[tuple[source.Path, str]]:
     """Yield what may be wrong and can't be told: where, and why."""
+    if not fleet.tenants:
+        message = "no tenants: whoever reaches the gateway may use every model"
+        yield ("gateway",), f"{message}; `fleet tenant add` makes one"
     for name, image in fleet.images.items():
         variants = (variant for model in fleet.models for variant in model.variants)
         engines = {variant.engine for variant in variants if variant.image == name and variant.args}
@@ -596,6 +656,28 @@ def _name_clashes(fleet: Fleet) -> Iterator[tuple[source.Path, str]]:
             if name.startswith("-"):
                 yield where, f'"{name}" starts with "-": the engine would take it for an option'
             owner.setdefault(name, model.name)
+
+
+def _tenant_mistakes(fleet: Fleet) -> Iterator[tuple[source.Path, str]]:
+    owner: dict[str, str] = {}
+    names = [tenant.name for tenant in fleet.tenants]
+    models = [model.name for model in fleet.models]
+    for at, tenant in enumerate(fleet.tenants):
+        here: source.Path = ("tenants", at)
+        if tenant.name in names[:at]:
+            yield (*here, "name"), f'two tenants are named "{tenant.name}"'
+        if not tenant.key_sha256:
+            yield (*here, "key_sha256"), "no key: nobody could call as this tenant; remove it"
+        for index, key in enumerate(tenant.key_sha256):
+            if key in owner:
+                yield (*here, "key_sha256", index), f'already a key of the tenant "{owner[key]}"'
+            owner.setdefault(key, tenant.name)
+        for index, name in enumerate(tenant.models or ()):
+            if name not in models:
+                hint = source.did_you_mean(name, models)
+                yield (*here, "models", index), f'no model "{name}" under models{hint}'
+        if tenant.burst is not None and tenant.requests_per_second is None:
+            yield (*here, "burst"), "burst needs requests_per_second: there is no rate to be above"
 
 
 def _image_mistakes(fleet: Fleet, name: str, image: Image) -> Iterator[tuple[source.Path, str]]:

@@ -52,17 +52,24 @@ class Load:
 
 @asynccontextmanager
 async def in_flight(
-    url: str, model: str, *, plain: int, streams: int, tokens: int, name: str = "load"
+    url: str,
+    model: str,
+    *,
+    plain: int,
+    streams: int,
+    tokens: int,
+    name: str = "load",
+    key: str = "none",
 ) -> AsyncIterator[Load]:
     """Send all requests at once; enter when every stream has begun and every plain one is sent.
 
-    The exit waits for all of them.
+    The exit waits for all of them. `key` is the tenant's, if the fleet has tenants.
     """
     load = Load(
         [Request(id=f"{name}-plain-{n}", stream=False, model=model) for n in range(plain)]
         + [Request(id=f"{name}-stream-{n}", stream=True, model=model) for n in range(streams)]
     )
-    async with aclosing(_Http(url, "none")) as http:
+    async with aclosing(_Http(url, key)) as http:
         tasks = [asyncio.create_task(_timed(http.send, r, tokens)) for r in load.requests]
         while not all(r.chunks or r.seconds for r in load.of(stream=True)):
             await asyncio.sleep(0.02)

@@ -224,6 +224,8 @@ models:
     resources: {memory: 4G}
     replicas: 2
     args: {}
+tenants:
+  - {name: alice, key_sha256: [0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a]}
 """
 
 

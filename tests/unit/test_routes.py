@@ -31,15 +31,28 @@ def targets() -> list[Target]:
     ]
 
 
+TENANTS: list[dict[str, Any]] = [
+    {"name": "alice", "key_sha256": ["a" * 64, "b" * 64], "requests_per_second": 5},
+    {"name": "bob", "key_sha256": ["c" * 64], "models": ["tiny"], "concurrency": 8},
+    {"name": "carol", "key_sha256": ["d" * 64], "requests_per_second": 5, "concurrency": 8},
+    {"name": "dave", "key_sha256": ["e" * 64], "requests_per_second": 0.5, "burst": 0},
+]
+
+
 def three(**keys: Any) -> Fleet:
-    """A fleet of a ready, a starting and a stopped model."""
+    """A fleet of a ready, a starting and a stopped model, with tenants, TLS to its clients."""
+    gateway = {
+        "listen": 8443,
+        "server_name": "llm.example.org",
+        "tls": {"certificate": "/etc/ssl/llm.pem", "key": "/etc/ssl/private/llm.key"},
+        "hosts": [{"name": "gateway"}],
+    }
     return fleet(
         model_record(served_names=["org/Tiny"]),
         model_record(name="big", replicas=1),
         model_record(name="starting", replicas=1),
         model_record(name="stopped", replicas=0),
-        gateway={"listen": 8080, "server_name": "llm.example.org", "hosts": [{"name": "gateway"}]},
-        **keys,
+        **{"gateway": gateway, "tenants": TENANTS, **keys},
     )
 
 
@@ -72,8 +85,10 @@ def test_generation_changes_with_the_content_only() -> None:
     same = [
         render_gateway(three(budget={"gpus": 99}), targets()),
         render_gateway(three(defaults={"drain_timeout_s": 9}), targets()),
+        render_gateway(three(tenants=[{**one, "tokens_per_day": 9} for one in TENANTS]), targets()),
     ]
     assert {made.generation for made in same} == {base}
+    alice, *others = TENANTS
     moved = [replace(targets()[0], address="10.0.0.9:20002"), *targets()[1:]]
     resubmitted = [replace(targets()[0], submitted_at=99), *targets()[1:]]
     other = [
@@ -81,8 +96,11 @@ def test_generation_changes_with_the_content_only() -> None:
         render_gateway(three(), moved),
         render_gateway(three(), resubmitted),
         render_gateway(fleet(*[model_record()]), targets()),
+        render_gateway(three(tenants=[{**alice, "key_sha256": ["b" * 64]}, *others]), targets()),
+        render_gateway(three(tenants=[{**alice, "burst": 9}, *others]), targets()),
+        render_gateway(three(), targets(), exhausted=["alice"]),
     ]
-    assert len({base, *(made.generation for made in other)}) == 5
+    assert len({base, *(made.generation for made in other)}) == 8
     assert re.fullmatch(r"[0-9a-f]{12}", base)
 
 
@@ -163,6 +181,34 @@ def test_tries_of_a_request_are_bounded() -> None:
     for made, tries in ((targets()[:1], 2), (targets(), 2), (many[:3], 3), (many, 5)):
         text = render_gateway(fleet(), made).files["fleet.conf"]
         assert f"proxy_next_upstream_tries {tries};" in text
+
+
+def test_limit_is_one_zone_for_each_value() -> None:
+    """Who has the same limit shares its zone, and each is counted alone in it."""
+    text = render_gateway(three(), targets()).files["fleet.conf"]
+    assert re.findall(r"zone=(\S+):\S+ rate=(\S+);", text) == [
+        ("fleet_rate_30_0", "30r/m"),
+        ("fleet_rate_300_5", "300r/m"),
+    ]
+    assert re.findall(r"limit_(?:req|conn) .*;", text) == [
+        "limit_req zone=fleet_rate_30_0;",
+        "limit_req zone=fleet_rate_300_5 burst=5 nodelay;",
+        "limit_conn fleet_concurrency_8 8;",
+    ]
+    tenants = known(render_gateway(three(), targets()).files["fleet.js"])["tenants"]
+    assert tenants["carol"] == {"models": None, "rate": "300_5", "concurrency": "8"}
+    assert tenants["bob"] == {"models": ["tiny"], "rate": None, "concurrency": "8"}
+
+
+def test_fleet_without_tenants_refuses_nobody_and_counts_nobody() -> None:
+    """No tenants at all: open, with no zone; with one, whoever has no key is refused."""
+    opened = render_gateway(three(tenants=[]), targets()).files
+    assert known(opened["fleet.js"])["keys"] is None
+    assert not re.search(r"limit_(req|conn)(_zone)? ", opened["fleet.conf"])
+    assert '    "" "";' in opened["fleet.conf"]
+    closed = render_gateway(three(tenants=TENANTS[:1]), targets()).files
+    assert known(closed["fleet.js"])["keys"] == {"a" * 64: "alice", "b" * 64: "alice"}
+    assert '    "" 1;' in closed["fleet.conf"]
 
 
 def test_gateways_of_which_there_are_several_do_not_all_choose_the_same_replica() -> None:

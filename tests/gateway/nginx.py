@@ -1,0 +1,124 @@
+"""The generated files on a real NGINX of a Debian release, on this machine's loopback."""
+
+import os
+import re
+import socket
+import subprocess
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+
+from reconciler.adapters.nginx import _tar
+from reconciler.routes import STATUS_ADDRESS, render_gateway
+from reconciler.spec import Fleet
+from reconciler.state import Target
+from tests.lab.base import base, cache, enter
+from tests.lab.config import GATEWAY_CONF
+from tests.lab.wait import wait_for
+
+FOLDER = "/var/lib/modelfleet/gateway"
+CHANGE = files("reconciler.adapters").joinpath("gateway.sh").read_text(encoding="utf-8")
+# In NGINX's log: it, and not a request, went wrong.
+FAULT = re.compile(r"\[(?:alert|crit|emerg)\]|js exception|exited on signal")
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+class Nginx:
+    """One running NGINX; `change` gives it a fleet's files by the product's own script."""
+
+    def __init__(self, folder: Path, process: "subprocess.Popen[bytes]") -> None:
+        self._folder = folder
+        self._process = process
+        self._status = f"127.0.0.1:{free_port()}"
+        self._workers: list[int] = []
+
+    def read(self, name: str) -> str:
+        """Return a file of its folder."""
+        return (self._folder / name).read_text(errors="replace")
+
+    @property
+    def log(self) -> str:
+        return self.read("error.log")
+
+    @property
+    def faults(self) -> list[str]:
+        """What its log says of its own failures."""
+        return [line for line in self.log.splitlines() if FAULT.search(line)]
+
+    @property
+    def master(self) -> int:
+        """The process id of its master, as this machine counts."""
+        return _children(self._process.pid)[0]
+
+    @property
+    def unharmed(self) -> bool:
+        """Whether the workers that the last change started still run, and nothing failed."""
+        return self._workers == _children(self.master) and not self.faults
+
+    def change(
+        self, fleet: Fleet, targets: Sequence[Target], exhausted: Collection[str] = ()
+    ) -> None:
+        """Test, swap and reload as `fleet` does; return when the new configuration answers."""
+        made = render_gateway(fleet, targets, exhausted)
+        conf = made.files["fleet.conf"].replace(STATUS_ADDRESS, self._status)
+        made = replace(made, files={**made.files, "fleet.conf": conf})
+        old = set(_children(self.master))
+        argv = ["sh", "-c", CHANGE, "gateway", FOLDER, self._status, "change", made.generation]
+        said = self.inside(argv, stdin=_tar(made)).stdout.decode()
+        assert said.strip() == made.generation, self.log
+        wait_for("the old workers to end", lambda: not old & set(_children(self.master)))
+        self._workers = _children(self.master)
+
+    def check(self) -> str:
+        """Return what `nginx -t` says of the files that it runs."""
+        argv = ["nginx", "-t", "-q", "-c", f"{FOLDER}/current/nginx.conf"]
+        return self.inside(argv).stderr.decode()
+
+    def inside(
+        self, argv: Sequence[str], stdin: bytes = b""
+    ) -> "subprocess.CompletedProcess[bytes]":
+        """Run a command beside it, with its files and processes."""
+        enter_it = ["nsenter", "-t", str(self.master), "--mount", "--pid", "--"]
+        done = subprocess.run(
+            [*enter_it, *argv], input=stdin, capture_output=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        return done
+
+
+@contextmanager
+def running(release: str, folder: Path) -> Iterator[Nginx]:
+    """Run NGINX with the base configuration that sites have; what it writes lies in `folder`."""
+    folder.chmod(0o755)
+    (folder / "base.conf").write_text(GATEWAY_CONF.read_text())
+    (folder / "gen-empty").mkdir()
+    (folder / "gen-empty/fleet.conf").touch()
+    (folder / "gen-empty/nginx.conf").symlink_to("../base.conf")
+    (folder / "current").symlink_to("gen-empty")
+    (folder / "tmp").mkdir()
+    prefix = f"in-base-{os.getpid()}-"
+    with tempfile.TemporaryDirectory(dir=cache(), prefix=prefix) as upper:
+        argv = ["nginx", "-g", "daemon off;", "-c", f"{FOLDER}/current/nginx.conf"]
+        process = subprocess.Popen(
+            enter(base(release), argv, upper=Path(upper), binds={folder: FOLDER}),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            wait_for("NGINX to start", lambda: (folder / "nginx.pid").exists())
+            yield Nginx(folder, process)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

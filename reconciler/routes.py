@@ -197,7 +197,8 @@ def _fleet_conf(fleet: Fleet, by_model: Mapping[str, list[Target]], trust: Trust
     zones, limits = _limits(fleet)
     values = {
         "STATUS_ADDRESS": STATUS_ADDRESS,
-        "LISTEN": f"{gateway.listen} ssl" if tls else str(gateway.listen),
+        # A connection is accepted with its request: a worker that ends leaves none unread.
+        "LISTEN": f"{gateway.listen} deferred" + (" ssl" if tls else ""),
         "TLS": _filled(_TLS, {"CERTIFICATE": tls.certificate, "KEY": tls.key}) if tls else "",
         "SERVER_NAME": gateway.server_name,
         "REFUSED": "1" if fleet.tenants else '""',

@@ -45,7 +45,7 @@ change)
   # Before 1.25.1 HTTP/2 is a word of `listen`, which later ones warn of.
   if grep -q '^ *http2 on;$' "$part/fleet.conf" &&
     nginx -v 2>&1 | grep -qE '/1\.(1[0-9]|2[0-4])\.|/1\.25\.0'; then
-    sed -i -e '/^ *http2 on;$/d' -e 's/^\( *listen .* ssl\)\(.*\);$/\1 http2\2;/' "$part/fleet.conf"
+    sed -i -e '/^ *http2 on;$/d' -e 's/^\( *listen .* ssl\);$/\1 http2;/' "$part/fleet.conf"
   fi
   nginx -t -q -c "$part/nginx.conf"
   before=$(running)

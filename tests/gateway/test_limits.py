@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from reconciler.state import Target
 from tests.gateway.front import CHAT, KEYS, Answer, Front, digest, tenants
 
 BIG = {"model": "big"}
@@ -94,3 +95,19 @@ def test_many_tenants_raise_no_warning(front: Front, many: int) -> None:
     front.change(tenants=records)
     assert "[warn]" not in front.nginx.check()
     assert ask(front, str(many - 1)).status == 200
+
+
+def test_a_thousand_replicas_raise_no_warning(front: Front) -> None:
+    """Of 200 models with five each, beside those that answer."""
+    many = [
+        Target(
+            model=f"m{n % 200}",
+            job_id=100 + n,
+            submitted_at=1,
+            address=f"10.1.{n // 200}.9:{n + 1}",
+        )
+        for n in range(1000)
+    ]
+    front.nginx.change(front.fleet(), [*front.replicas.targets(), *many])
+    assert "[warn]" not in front.nginx.check()
+    assert ask(front, KEYS["alice"]).status == 200

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from http.client import HTTPException
 
 from bench.gateway import figures
 from bench.gateway.figures import Goal, Row, Run, added, share, spread, turns, void
 from bench.gateway.load import Stream, Ticks, wrk
-from bench.gateway.ways import RUN, Way, body
+from bench.gateway.ways import RUN, Way, chat, completion
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 # What the paper's bridge adds, in ms, to so many requests at once (its table).
@@ -53,7 +53,7 @@ class Stage:
 def one_connection(stage: Stage) -> Iterator[Row]:
     """What each way adds to the median request when nothing else is under way."""
     for size, rounds in stage.pace.sizes.items():
-        runs, why = _runs(stage.ways, size, rounds, connections=1)
+        runs, why = _runs(stage.ways, chat(size), rounds, connections=1)
         for name in stage.ways:
             yield figures.row(
                 runs[name],
@@ -69,7 +69,7 @@ def one_connection(stage: Stage) -> Iterator[Row]:
 def sixteen_connections(stage: Stage) -> Iterator[Row]:
     """How many requests a second each way passes on when sixteen connections never pause."""
     for size, rounds in stage.pace.sizes.items():
-        runs, why = _runs(stage.ways, size, rounds, connections=16)
+        runs, why = _runs(stage.ways, chat(size), rounds, connections=16)
         for name in stage.ways:
             comparisons = [share(runs, name, "nginx", _of_ours(name, LEAST_OF_NGINX))]
             if name == "ours":
@@ -88,28 +88,35 @@ def sixteen_connections(stage: Stage) -> Iterator[Row]:
 def streams(stage: Stage) -> Iterator[Row]:
     """How much later the first byte of a stream comes, on a connection that is open already."""
     rounds, count = stage.pace.streams
-    text = body(1, stream=True)
+    text = completion(stream=True)
     clients = {name: Stream(way.port, way.context) for name, way in stage.ways.items()}
     runs: dict[str, dict[int, Run]] = {name: {} for name in stage.ways}
+    why: dict[str, str] = {}
     for at in range(rounds):
-        taken: dict[str, list[float]] = {name: [] for name in stage.ways}
+        taken: dict[str, list[float]] = {name: [] for name in stage.ways if name not in why}
         began = Ticks.now()
-        for _, name in turns(list(stage.ways), count):
-            taken[name].append(clients[name].first_byte_ms(COMPLETIONS, text, stage.ways[name].key))
+        for _, name in turns(list(taken), count):
+            try:
+                ms = clients[name].first_byte_ms(COMPLETIONS, text, stage.ways[name].key)
+                taken[name].append(ms)
+            except (ValueError, OSError, HTTPException) as error:
+                why[name] = str(error)
         busy, others = began.shares(Ticks.now())
         for name, values in taken.items():
-            p50 = spread(values).median
-            runs[name][at] = Run(p50_ms=p50, p99_ms=max(values), per_s=0, busy=busy, others=others)
+            if name not in why:
+                p50, most = spread(values).median, max(values)
+                runs[name][at] = Run(p50_ms=p50, p99_ms=most, per_s=0, busy=busy, others=others)
     for client in clients.values():
         client.close()
     for name in stage.ways:
         yield figures.row(
-            runs[name],
+            {} if name in why else runs[name],
             lambda run: run.p50_ms,
             where=(stage.mode, "first byte of a stream", ""),
             way=name,
             unit="ms",
             comparisons=[added(runs, name, "direct", _of_ours(name, MOST_TO_FIRST_BYTE))],
+            why=why.get(name, ""),
         )
 
 
@@ -148,7 +155,7 @@ def _crowd(ways: Mapping[str, Way], crowd: int, pace: Pace) -> tuple[figures.Run
     for at in range(2 * pace.crowd_rounds):
         found, failed = _runs(
             ways,
-            1,
+            completion(stream=False),
             1,
             path=COMPLETIONS,
             connections=crowd,
@@ -169,7 +176,7 @@ def _crowd(ways: Mapping[str, Way], crowd: int, pace: Pace) -> tuple[figures.Run
 
 def _runs(
     ways: Mapping[str, Way],
-    size: int,
+    body: bytes,
     rounds: int,
     *,
     connections: int,
@@ -179,7 +186,8 @@ def _runs(
     backwards: bool = False,
 ) -> tuple[figures.Runs, Mapping[str, str]]:
     """Return the runs by way and round, taken in turns, and why a way's last failed run did."""
-    file = _body(size)
+    file = RUN / "body"
+    file.write_bytes(body)
     runs: dict[str, dict[int, Run]] = {name: {} for name in ways}
     why: dict[str, str] = {}
     order = [*ways][:: -1 if backwards else 1]
@@ -205,9 +213,3 @@ def _runs(
 
 def _of_ours(name: str, goal: Goal) -> Goal | None:
     return goal if name == "ours" else None
-
-
-def _body(size: int) -> Path:
-    path = RUN / f"body-{size}"
-    path.write_bytes(body(size))
-    return path

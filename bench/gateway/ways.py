@@ -144,12 +144,17 @@ def _tenants() -> list[dict[str, Any]]:
     ]
 
 
-def body(kib: int, *, stream: bool = False) -> bytes:
+def chat(kib: int) -> bytes:
     """A chat request of so many KiB, as clients send it: one long message."""
     message = {"role": "user", "content": ""}
-    record = {"model": MODEL, "messages": [message], "prompt": "Once", "stream": stream}
-    message["content"] = "x" * max(0, 1024 * kib - len(json.dumps(record)))
+    record = {"model": MODEL, "messages": [message], "stream": False}
+    message["content"] = "x" * (1024 * kib - len(json.dumps(record)))
     return json.dumps(record).encode()
+
+
+def completion(*, stream: bool) -> bytes:
+    """What the stand-in takes a second for, or answers with a stream."""
+    return json.dumps({"model": MODEL, "prompt": "Once", "stream": stream}).encode()
 
 
 @contextmanager
@@ -195,7 +200,7 @@ def _answers(way: Way) -> bool:
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {way.key}"}
     url, verify = f"{way.url}/v1/chat/completions", way.context or True
     try:
-        answer = httpx.post(url, content=body(1), headers=headers, verify=verify, trust_env=False)
+        answer = httpx.post(url, content=chat(1), headers=headers, verify=verify, trust_env=False)
         return bool(answer.is_success and answer.json()["choices"])
     except (httpx.HTTPError, ValueError, KeyError):
         return False

@@ -16,7 +16,7 @@ from bench.gateway.figures import (
     void,
 )
 from bench.gateway.text import lines, verdict
-from bench.gateway.ways import body, spec
+from bench.gateway.ways import chat, spec
 from reconciler.routes import render_gateway
 from reconciler.spec import Fleet
 
@@ -135,8 +135,8 @@ def test_missed_goal_is_named() -> None:
 @pytest.mark.parametrize("kib", [1, 32, 256])
 def test_body_has_its_size(kib: int) -> None:
     """The whole JSON, not only its message, is so many KiB."""
-    assert len(body(kib)) == 1024 * kib
-    assert json.loads(body(kib, stream=True))["stream"] is True
+    assert len(chat(kib)) == 1024 * kib
+    assert json.loads(chat(kib))["stream"] is False
 
 
 @pytest.mark.parametrize("tls", [False, True])

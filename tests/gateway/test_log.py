@@ -1,8 +1,8 @@
 """What passes the gateway stays as it is, and the access log says how each request went."""
 
-import hashlib
 import http.client
 import json
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ import pytest
 
 from reconciler.state import Target
 from reconciler.usage import tally
+from tests.gateway.front import digest
 from tests.gateway.nginx import Nginx, free_port, running
 from tests.gateway.replica import ANSWER, DONE, TELLING, replica, whole
 from tests.lab.wait import wait_for
@@ -19,7 +20,7 @@ from tests.unit.build import fleet, model_record
 
 KEY = "sk-0123456789"
 CALLER = {"Authorization": f"Bearer {KEY}"}
-TENANTS = [{"name": "alice", "key_sha256": [hashlib.sha256(KEY.encode()).hexdigest()]}]
+TENANTS = [{"name": "alice", "key_sha256": [digest(KEY)]}]
 PATHS = ("/v1/completions", "/v1/chat/completions", "/m/tiny/v1/completions")
 
 
@@ -170,8 +171,6 @@ def test_no_request_forges_a_line_and_none_leaves_a_secret(gateway: Gateway) -> 
 
 def ask_raw(port: int, path: str, headers: dict[str, str]) -> None:
     """Send what an HTTP library would refuse to."""
-    import socket
-
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     request = f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{lines}\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
@@ -186,7 +185,7 @@ def test_tenant_without_tokens_is_refused_and_counted(gateway: Gateway) -> None:
     record = {"listen": port, "hosts": [{"name": "gateway"}]}
     wanted = fleet(model_record(), gateway=record, tenants=TENANTS)
     gateway.nginx.change(wanted, [], ["alice"])
-    answer = json.loads(replace(gateway, port=port).send("q"))
-    assert answer["error"]["code"] == "insufficient_quota"
-    logged = gateway.logged("q")
-    assert (logged["status"], logged["error"]) == ("429", "insufficient_quota")
+    replace(gateway, port=port).send("spent")
+    record = gateway.logged("spent")
+    assert (record["status"], record["error"]) == ("429", "insufficient_quota")
+    assert (record["tenant"], record["replica"]) == ("alice", "")

@@ -105,8 +105,7 @@ def test_drain_by_usr1_lets_a_stream_end(fleet: Fleet) -> None:
     (replica,) = fleet.replicas()
 
     async def go() -> Load:
-        url = f"http://{replica['address']}"
-        async with in_flight(url, "tiny", plain=0, streams=3, tokens=150) as load:
+        async with in_flight(fleet.url, "tiny", plain=0, streams=3, tokens=150) as load:
             usr1 = ["scancel", "--batch", "--signal=USR1", str(replica["job_id"])]
             await asyncio.to_thread(fleet.lab.run, "login", usr1)
         return load
@@ -123,8 +122,8 @@ def test_a_draining_job_says_so_and_is_never_routed_again(fleet: Fleet) -> None:
     victim = fleet.replicas()[0]
 
     async def go() -> None:
-        url = f"http://{victim['address']}"
-        async with in_flight(url, "tiny", plain=0, streams=1, tokens=300):
+        # As the gateway shares them out, the victim has some of them.
+        async with in_flight(fleet.url, "tiny", plain=0, streams=4, tokens=300):
             usr1 = ["scancel", "--batch", "--signal=USR1", str(victim["job_id"])]
             await asyncio.to_thread(fleet.lab.run, "login", usr1)
             await asyncio.to_thread(wait_for, "its word", lambda: _status(fleet, victim["job_id"]))

@@ -44,8 +44,7 @@ def test_real_vllm_drains_by_usr1_with_its_streams_whole(vllm_fleet: Fleet) -> N
     (replica,) = vllm_fleet.replicas()
 
     async def go() -> Load:
-        url = f"http://{replica['address']}"
-        async with in_flight(url, "tiny", plain=0, streams=4, tokens=1500) as load:
+        async with in_flight(vllm_fleet.url, "tiny", plain=0, streams=4, tokens=1500) as load:
             usr1 = ["scancel", "--batch", "--signal=USR1", str(replica["job_id"])]
             await asyncio.to_thread(vllm_fleet.lab.run, "login", usr1)
         return load

@@ -98,6 +98,7 @@ def recording(names: Sequence[str]) -> Iterator[Recorder]:
     try:
         yield recorder
     finally:
+        recorder.gate.set()
         asyncio.run_coroutine_threadsafe(stop(servers), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()

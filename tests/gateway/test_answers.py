@@ -67,6 +67,7 @@ WRONG: dict[str, tuple[int, str, list[Any]]] = {
     ),
     "tokens used up": (429, "insufficient_quota", ["POST", CHAT, TINY, {"key": KEYS["carol"]}]),
     "unknown model": (404, "model_not_found", ["POST", CHAT, {"model": "none"}]),
+    "JavaScript's own word": (404, "model_not_found", ["POST", CHAT, {"model": "toString"}]),
     "unknown model, by path": (404, "model_not_found", ["POST", f"/m/none{CHAT}", TINY]),
     "served name in a path": (404, "unknown_url", ["POST", f"/m/org/Tiny-8B{CHAT}", TINY]),
     "starting": (503, "model_not_ready", ["POST", CHAT, {"model": "cold"}]),

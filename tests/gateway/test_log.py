@@ -123,9 +123,11 @@ def test_whole_answer_is_the_engines_own(gateway: Gateway, times: int) -> None:
 def test_log_tells_who_asked_whom_and_how_it_ended(gateway: Gateway) -> None:
     """Tenant, model, replica; an answer cut short, one that failed, a client that left."""
     gateway.send("failed", prompt="fail", stream=True)
+    gateway.send("half", prompt="half", stream=True, size=50)
     gateway.send("cut", prompt="cut", stream=True)
     gateway.leave("left")
-    for id, finish in (("failed", "error"), ("cut", "cut"), ("left", "left")):
+    ends = {"failed": "error", "half": "abort", "cut": "cut", "left": "left"}
+    for id, finish in ends.items():
         record = gateway.logged(id)
         assert (record["finish"], record["status"]) == (finish, "200")
         names = [record[name] for name in ("tenant", "model", "replica", "tries")]

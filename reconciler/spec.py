@@ -163,7 +163,7 @@ class GatewayTls(Strict):
     """TLS to the clients; without it the site encrypts in front of the gateway, or nobody does."""
 
     certificate: NginxPath = Field(description="PEM file on the gateway, with its chain")
-    key: NginxPath = Field(description="PEM file on the gateway, read by NGINX's master alone")
+    key: NginxPath = Field(description="PEM file on the gateway, readable to NGINX")
 
 
 class Gateway(Strict):

@@ -38,7 +38,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     First, because pytest-xdist reads the marks in a hook of the same name.
     """
     for item in items:
-        shared = {"contract": "contract", "test_demo": "demo"}
+        # Of these each file has a gateway of its own.
+        file = item.path.stem
+        shared = {"contract": "contract", "test_demo": "demo", "gateway": f"gateway-{file}"}
         group = shared.get(item.path.parent.name) or shared.get(item.path.stem)
         if group is not None:
             item.add_marker(pytest.mark.xdist_group(group))

@@ -53,7 +53,9 @@ class Recorder:
                     await asyncio.to_thread(self.gate.wait)
                 text = json.dumps({"object": "chat.completion", "choices": [], "model": name})
                 writer.write(
-                    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+                    # A replica that would lead NGINX elsewhere: it goes nowhere.
+                    b"HTTP/1.1 200 OK\r\nX-Accel-Redirect: /v1/models\r\n"
+                    b"Content-Type: application/json\r\n"
                     b"Content-Length: %d\r\n\r\n%b" % (len(text), text.encode())
                 )
                 await writer.drain()
@@ -98,6 +100,7 @@ def recording(names: Sequence[str]) -> Iterator[Recorder]:
     try:
         yield recorder
     finally:
+        recorder.gate.set()
         asyncio.run_coroutine_threadsafe(stop(servers), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()

@@ -67,6 +67,7 @@ WRONG: dict[str, tuple[int, str, list[Any]]] = {
     ),
     "tokens used up": (429, "insufficient_quota", ["POST", CHAT, TINY, {"key": KEYS["carol"]}]),
     "unknown model": (404, "model_not_found", ["POST", CHAT, {"model": "none"}]),
+    "JavaScript's own word": (404, "model_not_found", ["POST", CHAT, {"model": "toString"}]),
     "unknown model, by path": (404, "model_not_found", ["POST", f"/m/none{CHAT}", TINY]),
     "served name in a path": (404, "unknown_url", ["POST", f"/m/org/Tiny-8B{CHAT}", TINY]),
     "starting": (503, "model_not_ready", ["POST", CHAT, {"model": "cold"}]),
@@ -233,6 +234,7 @@ def test_key_is_rotated_and_revoked_by_a_reload(front: Front) -> None:
     assert [front.ask("POST", CHAT, TINY, key=key).status for key in (old, new)] == [200, 200]
     front.change(tenants=tenants(alice={"key_sha256": [digest(new)]}))
     assert [front.ask("POST", CHAT, TINY, key=key).status for key in (old, new)] == [401, 200]
+    front.change()
 
 
 def test_fleet_without_tenants_is_open(front: Front) -> None:
@@ -241,6 +243,7 @@ def test_fleet_without_tenants_is_open(front: Front) -> None:
     for key in (None, "anything"):
         assert front.ask("POST", CHAT, TINY, key=key).status == 200
         assert len(front.ask("GET", "/v1/models", key=key).body["data"]) == len(NAMES) + 4
+    front.change()
 
 
 def test_configuration_raises_no_warning(front: Front) -> None:

@@ -71,10 +71,10 @@ def _demo(show: Show, engine: str, keep: bool) -> None:
     lab = Lab.start("demo", detached=keep, binds=binds, say=show.say)
     try:
         fleet = Fleet(lab, engine)
-        _serve(show, lab, fleet)
-        _heal(show, lab, fleet, TOKENS[engine])
+        key = _serve(show, lab, fleet)
+        _heal(show, lab, fleet, TOKENS[engine], key)
         if keep:
-            _explain_how_to_go_on(show, lab)
+            _explain_how_to_go_on(show, lab, key)
             return
         _take_down(show, fleet)
     except BaseException:
@@ -84,16 +84,20 @@ def _demo(show: Show, engine: str, keep: bool) -> None:
     show.say(f"the lab is down; all of it took {show.elapsed()}")
 
 
-def _serve(show: Show, lab: Lab, fleet: Fleet) -> None:
+def _serve(show: Show, lab: Lab, fleet: Fleet) -> str:
+    """Bring the fleet up and use it; return the key of its one tenant."""
     show.title(f"What is wanted: {fleet.spec}/fleet.yaml")
     print(fleet.spec_file.read_text())
+    show.title("fleet tenant add: who may use it; the key is shown once, the spec gets its hash")
+    key = fleet.add_tenant("scientist")
+    print((fleet.spec_file.parent / "tenants/scientist.yaml").read_text())
     show.title("fleet plan: what would be done, and why")
     _aloud(lab, fleet.command("plan"))
     show.title("fleet apply --wait: PENDING -> RUNNING -> starting -> ready")
     _aloud(lab, fleet.command("apply", "--wait", "--timeout", "10m"))
     show.title("A chat completion and a stream, through NGINX, by model name")
     url = f"{fleet.url}/v1"
-    client = openai.OpenAI(base_url=url, api_key="none", timeout=60, max_retries=0)
+    client = openai.OpenAI(base_url=url, api_key=key, timeout=60, max_retries=0)
     answer = client.chat.completions.create(
         model="demo/tiny-llama",
         messages=[{"role": "user", "content": "Say something."}],
@@ -108,18 +112,23 @@ def _serve(show: Show, lab: Lab, fleet: Fleet) -> None:
     )
     pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
     show.say(f"streamed in {len(pieces)} pieces: {''.join(pieces)!r}")
+    try:
+        client.with_options(api_key="another").models.list()
+    except openai.AuthenticationError as error:
+        show.say(f"with another key: {error.status_code}, {error.code}")
     show.title("fleet status")
     _aloud(lab, fleet.command("status"))
+    return key
 
 
-def _heal(show: Show, lab: Lab, fleet: Fleet, tokens: int) -> None:
+def _heal(show: Show, lab: Lab, fleet: Fleet, tokens: int, key: str) -> None:
     victim = fleet.replicas()[0]
     node = str(victim["node"])
     show.title(f"{node} loses its power with {PLAIN + STREAMS} requests in flight")
     show.say("fleet run keeps the fleet as its spec says; its lines follow")
     service = _Service(lab, fleet)
     try:
-        load = asyncio.run(_cut_under_load(show, lab, fleet, node, tokens))
+        load = asyncio.run(_cut_under_load(show, lab, fleet, node, tokens, key))
         _count(show, load, gateway_log(lab), dead=str(victim["address"]))
         began = time.monotonic()
         fleet.wait_until_healed(without=node, say=show.say, timeout_s=300)
@@ -129,8 +138,12 @@ def _heal(show: Show, lab: Lab, fleet: Fleet, tokens: int) -> None:
     _aloud(lab, fleet.command("status"))
 
 
-async def _cut_under_load(show: Show, lab: Lab, fleet: Fleet, node: str, tokens: int) -> Load:
-    async with in_flight(fleet.url, "tiny", plain=PLAIN, streams=STREAMS, tokens=tokens) as load:
+async def _cut_under_load(
+    show: Show, lab: Lab, fleet: Fleet, node: str, tokens: int, key: str
+) -> Load:
+    async with in_flight(
+        fleet.url, "tiny", plain=PLAIN, streams=STREAMS, tokens=tokens, key=key
+    ) as load:
         running = sum(1 for request in load.requests if not request.done)
         await asyncio.to_thread(lab.power_cut, node)
         show.say(f"{node} is dead: link cut, then its first process killed; {running} in flight")
@@ -165,9 +178,10 @@ def _take_down(show: Show, fleet: Fleet) -> None:
     _aloud(fleet.lab, fleet.command("apply", "--wait", "--timeout", "3m"))
 
 
-def _explain_how_to_go_on(show: Show, lab: Lab) -> None:
+def _explain_how_to_go_on(show: Show, lab: Lab, key: str) -> None:
     show.title("The lab stays up")
-    show.say(f"models: curl http://{lab.address('gateway')}:8080/v1/models")
+    url = f"http://{lab.address('gateway')}:8080/v1/models"
+    show.say(f"models: curl -H 'Authorization: Bearer {key}' {url}")
     show.say("a shell: .venv/bin/python -m tests.lab exec --name demo login bash")
     show.say("stop:    .venv/bin/python -m tests.lab down --name demo")
 

@@ -54,6 +54,7 @@ class Fleet:
         folder = lab.shared / "specs" / name
         shutil.copytree(CHECKOUT / "specs" / SPECS[engine], folder)
         self.spec_file = folder / "fleet.yaml"
+        shutil.chown(folder, _USER, _USER)
         self.edit("fleet: demo", f"fleet: {name}")
         logs = lab.shared / "logs"
         logs.mkdir(exist_ok=True)
@@ -70,6 +71,11 @@ class Fleet:
         """Run `fleet VERB` on the login host and return what it printed."""
         done = self.lab.run("login", self.command(verb, *options), check=check, timeout=300)
         return done.stdout + done.stderr
+
+    def add_tenant(self, name: str) -> str:
+        """Give the spec a tenant as a person would; return its key."""
+        argv = ["fleet", "tenant", "add", self.spec, name]
+        return self.lab.run("login", argv).stdout.strip()
 
     def edit(self, old: str, new: str) -> None:
         """Replace text in the spec, as a commit would; the text must be there."""

@@ -44,18 +44,28 @@ class Load:
 
 @asynccontextmanager
 async def in_flight(
-    url: str, model: str, *, plain: int, streams: int, tokens: int, name: str = "load"
+    url: str,
+    model: str,
+    *,
+    plain: int,
+    streams: int,
+    tokens: int,
+    name: str = "load",
+    key: str = "none",
 ) -> AsyncIterator[Load]:
     """Send all requests at once; enter when every stream has begun and every plain one is sent.
 
-    The exit waits for all of them.
+    The exit waits for all of them. `key` is the tenant's, if the fleet has tenants.
     """
     load = Load(
         [Request(id=f"{name}-plain-{n}", stream=False) for n in range(plain)]
         + [Request(id=f"{name}-stream-{n}", stream=True) for n in range(streams)]
     )
     limits = httpx.Limits(max_connections=plain + streams)
-    async with httpx.AsyncClient(timeout=PATIENCE_S, limits=limits, trust_env=False) as client:
+    headers = {"Authorization": f"Bearer {key}"}
+    async with httpx.AsyncClient(
+        timeout=PATIENCE_S, limits=limits, trust_env=False, headers=headers
+    ) as client:
         tasks = [asyncio.create_task(_send(client, url, model, tokens, r)) for r in load.requests]
         while not all(r.chunks or r.seconds for r in load.of(stream=True)):
             await asyncio.sleep(0.02)

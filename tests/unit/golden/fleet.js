@@ -173,8 +173,7 @@ function route(r) {
         const what = deep ? 'is nested too deeply' : 'is not JSON';
         return refused(r, 400, 'invalid_json', `The request body ${what}.`);
     }
-    if (body === null || typeof body !== 'object' || !own(body, 'model')
-        || typeof body.model !== 'string' || !body.model) {
+    if (body === null || typeof body.model !== 'string' || !body.model) {
         return refused(r, 400, 'model_required', 'The request body must name a model.', 'model');
     }
     if (!own(FLEET.names, body.model)) {

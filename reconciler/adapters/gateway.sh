@@ -101,7 +101,7 @@ log)
   current=$folder/access.log
   # A file is known by its beginning, whatever a rotation renames or copies it to.
   is_marked() {
-    [ "$mark_bytes" -gt 0 ] && [ "$(stat -c %s "$1")" -ge "$offset" ] &&
+    [ "$mark_bytes" -gt 0 ] &&
       [ "$(head -c "$mark_bytes" "$1" | sha256sum | cut -c1-16)" = "$mark" ]
   }
   # What NGINX may still write to a rotated file it has written long before this.

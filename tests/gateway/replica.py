@@ -33,7 +33,8 @@ FAILED = b'data: {"error": {"message": "dead", "code": 500}}\n\n'
 def stream(body: Json) -> bytes:
     """The whole stream that an engine would answer."""
     asked = bool((body.get("stream_options") or {}).get("include_usage"))
-    told = FAILED if body["prompt"] == "fail" else choice("b", "length")
+    endings = {"fail": FAILED, "half": choice("b", "abort") + choice("c", "length")}
+    told = endings.get(body["prompt"], choice("b", "length"))
     return choice(EVIL) + choice("é") + told + (TELLING if asked else b"") + DONE
 
 

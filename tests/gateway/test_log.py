@@ -123,8 +123,10 @@ def test_whole_answer_is_the_engines_own(gateway: Gateway, times: int) -> None:
 def test_log_tells_who_asked_whom_and_how_it_ended(gateway: Gateway) -> None:
     """Tenant, model, replica; an answer cut short, one that failed."""
     gateway.send("failed", prompt="fail", stream=True)
+    gateway.send("half", prompt="half", stream=True, size=50)
     gateway.send("cut", prompt="cut", stream=True)
-    for id, finish in (("failed", "error"), ("cut", "cut")):
+    ends = {"failed": "error", "half": "abort", "cut": "cut"}
+    for id, finish in ends.items():
         record = gateway.logged(id)
         assert (record["finish"], record["status"]) == (finish, "200")
         names = [record[name] for name in ("tenant", "model", "replica", "tries")]

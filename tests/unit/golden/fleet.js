@@ -207,7 +207,13 @@ function models(r) {
 // moment before, and for as long as an old worker lives, each answer asks the client to end its own.
 // HTTP/2 has frames for that, and forbids the header.
 function connection(r) {
-    const closing = fs.statSync(r.variables.fleet_closing, {throwIfNoEntry: false});
+    let closing;
+    try {
+        closing = fs.statSync(r.variables.fleet_closing, {throwIfNoEntry: false});
+    } catch (e) {
+        // A folder that workers may not look into is no reason to fail an answer.
+        return '';
+    }
     return closing && r.httpVersion < '2' ? 'close' : '';
 }
 

@@ -5,6 +5,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from tests.lab.fleet import Fleet
 from tests.lab.load import Client, Load, Request, constant
@@ -54,14 +55,14 @@ def under_load(
     return under(clients, work)
 
 
-def mixed(url: str, streams: int, tokens: int) -> list[Client]:
+def mixed(url: str, streams: int, tokens: int, key: str = "none") -> list[Client]:
     """Return clients of every kind, half of the streams of the official client."""
-    kinds = [("openai", "http")[n % 2] for n in range(streams)]
+    client = partial(Client, url=url, tokens=tokens, key=key)
     return [
-        *(Client(url=url, how=how, tokens=tokens) for how in ("openai", "http", "upload")),
+        *(client(how=how) for how in ("openai", "http", "upload")),
         # Of this one there are many while of another there is one.
-        Client(url=url, how="raw", tokens=5),
-        *(Client(url=url, how=how, stream=True, tokens=tokens) for how in kinds),
+        client(how="raw", tokens=5),
+        *(client(how=("openai", "http")[n % 2], stream=True) for n in range(streams)),
     ]
 
 

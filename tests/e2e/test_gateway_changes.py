@@ -5,6 +5,7 @@ plain requests, bodies that take seconds to arrive. How each request ended is to
 own word and the end of the stream, not by the status alone.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator
 
@@ -126,6 +127,32 @@ def test_reloads_in_a_row_lose_no_request(served: Fleet) -> None:
 
     with running(served, interval="0.1"):
         assert lost(under([*hasty, *patient], reloads)) == []
+
+
+def test_a_tenants_key_is_rotated_without_a_lost_request(served: Fleet) -> None:
+    """Both keys are good until the old one is revoked, and after that only the new one."""
+
+    def reloaded(verb: str, *words: str) -> str:
+        before = set(_generations(served))
+        said = served.tenant(verb, "scientist", *words)
+        wait_for("all to reload", lambda: before.isdisjoint(_generations(served)))
+        return said
+
+    def load(key: str) -> list[Client]:
+        return [one for url in served.urls for one in mixed(url, 3, 60, key)]
+
+    def rotate() -> None:
+        new.append(reloaded("rotate"))
+        assert lost(under(load(new[0]), lambda: None)) == []
+
+    new: list[str] = []
+    with running(served):
+        old = reloaded("add")
+        assert lost(under(load(old), rotate)) == []
+        digest = hashlib.sha256(old.encode()).hexdigest()
+        assert lost(under(load(new[0]), lambda: reloaded("revoke", digest[:12]))) == []
+    statuses = {request.status for request in under(load(old), lambda: None)}
+    assert statuses == {401}
 
 
 def test_a_power_cut_costs_only_the_streams_that_had_begun_there(served: Fleet) -> None:

@@ -1,6 +1,7 @@
 """Many requests of several tenants to several models, each answered by whom it was meant for."""
 
 import os
+from collections.abc import Mapping
 
 import yaml
 
@@ -26,7 +27,7 @@ def _with_three_models(fleet: Fleet) -> None:
     fleet.spec_file.write_text(yaml.safe_dump(spec))
 
 
-def _clients(fleet: Fleet) -> list[Client]:
+def _clients(fleet: Fleet, keys: Mapping[str, str]) -> list[Client]:
     """Each tenant asks each model, by either of its names and in one of four ways."""
     ways = [("raw", False), ("raw", False), ("openai", True), ("http", False)]
     pairs = [(tenant, names) for tenant in TENANTS for names in MODELS.items()]
@@ -37,7 +38,7 @@ def _clients(fleet: Fleet) -> list[Client]:
             stream=ways[at % 4][1],
             model=names[at % 2],
             tokens=3,
-            key=f"key-of-{tenant}",
+            key=keys[tenant],
         )
         for at, (tenant, names) in enumerate(pairs)
     ]
@@ -46,6 +47,7 @@ def _clients(fleet: Fleet) -> list[Client]:
 def test_every_answer_is_of_the_model_that_was_asked(fleet: Fleet) -> None:
     """Also while one of them gets another revision: addresses and upstreams change."""
     _with_three_models(fleet)
+    keys = {tenant: fleet.add_tenant(tenant) for tenant in TENANTS}
     fleet.run("apply", "--wait", "--timeout", "90s")
     before = set(routed(fleet))
 
@@ -54,7 +56,7 @@ def test_every_answer_is_of_the_model_that_was_asked(fleet: Fleet) -> None:
         with running(fleet):
             wait_for("the update", lambda: _replaced(fleet, before), timeout_s=90)
 
-    requests = under(_clients(fleet), update, at_least=REQUESTS)
+    requests = under(_clients(fleet, keys), update, at_least=REQUESTS)
     assert lost(requests) == []
     asked = {called: name for name, called in MODELS.items()} | {name: name for name in MODELS}
     wrong = [r.id for r in requests if r.replica.partition("@")[0] != asked[r.model]]

@@ -83,8 +83,11 @@ class Fleet:
 
     def add_tenant(self, name: str) -> str:
         """Give the spec a tenant as a person would; return its key."""
-        argv = ["fleet", "tenant", "add", self.spec, name]
-        return self.lab.run("login", argv).stdout.strip()
+        return self.tenant("add", name)
+
+    def tenant(self, verb: str, *words: str) -> str:
+        """Run `fleet tenant VERB` on the login host; return what it printed, a key if it made one."""
+        return self.lab.run("login", ["fleet", "tenant", verb, self.spec, *words]).stdout.strip()
 
     def edit(self, old: str, new: str) -> None:
         """Replace text in the spec, as a commit would; the text must be there."""

@@ -119,7 +119,8 @@ class FileSecrets:
             if len(keys) >= MOST_KEYS:
                 raise SecretsFailed(f"there are {len(keys)} keys: revoke some of the older ones")
             made_at = max([int(time.time()), *(key.made_at + 1 for key in keys)])
-            text = secrets.token_urlsafe(32)
+            # Not urlsafe: with a dash in front an engine would take it for an option.
+            text = secrets.token_hex(32)
             name = f"{made_at}.{_key_id(text)}"
             _link(_check(self._folder / "keys", stat.S_IFDIR) / name, text)
             return _key_id(text)

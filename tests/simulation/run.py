@@ -408,7 +408,7 @@ def harness(simulation: Simulation) -> Iterator[None]:
     The reconciler's code runs as it is: only rendering, hashing and parsing, which would take
     most of a cycle and are pure, are not done again for the same arguments.
     """
-    rendered: dict[tuple[int, tuple[Target, ...]], GatewayFiles] = {}
+    rendered: dict[tuple[int, tuple[Target, ...], tuple[str, ...]], GatewayFiles] = {}
     revisions: dict[tuple[int, str], str] = {}
     kept: list[object] = []  # an id is one object's only while that lives
     plain_revision = Model.revision
@@ -418,11 +418,13 @@ def harness(simulation: Simulation) -> Iterator[None]:
         simulation.planned(decided)
         return decided
 
-    def render(fleet: Fleet, targets: Iterable[Target]) -> GatewayFiles:
-        key = (id(fleet), tuple(sorted(targets)))
+    def render(
+        fleet: Fleet, targets: Iterable[Target], exhausted: Iterable[str] = ()
+    ) -> GatewayFiles:
+        key = (id(fleet), tuple(sorted(targets)), tuple(exhausted))
         if key not in rendered:
             kept.append(fleet)
-            rendered[key] = render_gateway(fleet, key[1])
+            rendered[key] = render_gateway(fleet, key[1], key[2])
         return rendered[key]
 
     def revision(model: Model, image_digest: str) -> str:

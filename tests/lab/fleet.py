@@ -84,7 +84,7 @@ class Fleet:
         return self.tenant("add", name)
 
     def tenant(self, verb: str, *words: str) -> str:
-        """Run `fleet tenant VERB` on the login host; return what it printed, a key if it made one."""
+        """Run `fleet tenant VERB` on the login host; return what it printed, as a new key."""
         return self.lab.run("login", ["fleet", "tenant", verb, self.spec, *words]).stdout.strip()
 
     def edit(self, old: str, new: str) -> None:

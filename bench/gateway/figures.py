@@ -32,6 +32,7 @@ class Spread:
     median: float
     low: float
     high: float
+    count: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +117,9 @@ def void(run: Run) -> str:
 
 def spread(values: Sequence[float]) -> Spread:
     """Return median and reach of at least one value."""
-    return Spread(median=statistics.median(values), low=min(values), high=max(values))
+    return Spread(
+        median=statistics.median(values), low=min(values), high=max(values), count=len(values)
+    )
 
 
 def added(runs: Runs, way: str, reference: str, goal: Goal | None = None) -> Comparison | None:

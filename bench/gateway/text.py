@@ -26,11 +26,16 @@ def lines(row: Row) -> Iterator[str]:
 
 
 def _comparison(one: Comparison) -> str:
-    median, low, high = one.spread.median, one.spread.low, one.spread.high
+    median, low, high, rounds = (
+        one.spread.median,
+        one.spread.low,
+        one.spread.high,
+        one.spread.count,
+    )
     if one.unit == "ms":
-        text = f"{median:+.3f} ms on {one.reference} ({low:+.3f} to {high:+.3f})"
+        text = f"{median:+.3f} ms on {one.reference} ({low:+.3f} to {high:+.3f}, {rounds} rounds)"
     else:
-        text = f"x {median:.2f} of {one.reference} ({low:.2f} to {high:.2f})"
+        text = f"x {median:.2f} of {one.reference} ({low:.2f} to {high:.2f}, {rounds} rounds)"
     if one.goal is None:
         return text
     bound = "at least" if one.goal.at_least else "at most"

@@ -189,8 +189,6 @@ def _fleet_conf(fleet: Fleet, by_model: Mapping[str, list[Target]], trust: Trust
     upstreams = [
         text for name, members in by_model.items() for text in _upstreams(name, members, balance)
     ]
-    if trust is not None:
-        upstreams.append(f"include {KEY_FILE};\n")
     protected = "" if trust is None else _PROTECTED
     most = max(map(len, by_model.values()), default=0)
     gateway, tls = fleet.gateway, fleet.gateway.tls
@@ -208,6 +206,7 @@ def _fleet_conf(fleet: Fleet, by_model: Mapping[str, list[Target]], trust: Trust
         "UPLOAD_MAX": gateway.upload_max,
         "RETRY_WINDOW": str(_RETRY_WINDOW_S),
         "TRIES": str(max(2, min(most, 5))),
+        "KEY_FILE": "" if trust is None else f"include {KEY_FILE};\n",
         "AUTHORIZATION": '""' if trust is None else "$fleet_authorization",
         "PROTECTED": protected.replace("@TLS_NAME@", tls_name(fleet.fleet, "$fleet_model")),
         "DIRECTORY": fleet.gateway.directory,

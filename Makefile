@@ -9,8 +9,7 @@ PYTEST := .venv/bin/python -m pytest
 # The tests wait for Slurm far more than they compute, so three run at once; not so those of the
 # real engine, which alone keeps both cores busy.
 PARALLEL := --numprocesses=3 --dist=loadgroup
-# So does one that has a single replica and a minute for its successor.
-ALONE := tests/engine tests/e2e/test_vllm.py tests/e2e/test_lifetimes.py
+ALONE := tests/engine tests/e2e/test_vllm.py
 
 .PHONY: help demo test soak bench lint venv packages lab-down clean
 

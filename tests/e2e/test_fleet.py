@@ -422,7 +422,7 @@ def test_an_impostor_gets_no_request(fleet: Fleet) -> None:
     assert statuses <= {"impostor", "leaving", "pending", "starting"}
     assert _routed(fleet) == 0
     answer = httpx.post(f"{fleet.url}/v1/completions", json=_body(), timeout=30)
-    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "10")
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "15")
 
 
 def test_R34_a_second_reconciler_is_told_who_is_at_work(fleet: Fleet) -> None:

@@ -96,13 +96,18 @@ class Client:
 
 @asynccontextmanager
 async def constant(clients: Sequence[Client], *, name: str = "load") -> AsyncIterator[Load]:
-    """Keep every client asking; enter when each has asked, exit when each has its last answer."""
+    """Keep every client asking; exit when each has its last answer.
+
+    Enter when each has asked and every stream has begun.
+    """
     load, enough = Load([]), asyncio.Event()
     tasks = [
         asyncio.create_task(_ask(client, f"{name}-{client.how}-{n}", load.requests, enough))
         for n, client in enumerate(clients)
     ]
-    while len(load.requests) < len(clients):
+    while len(load.requests) < len(clients) or not all(
+        request.chunks or request.seconds for request in load.of(stream=True)
+    ):
         await asyncio.sleep(0.02)
     load.begun.set()
     try:
@@ -138,12 +143,15 @@ async def _timed(
 
 
 def _body(request: Request, tokens: int) -> dict[str, Any]:
+    # Who asks for a stream's usage is told its engine's fingerprint too (docs/decisions/0010).
+    options = {"stream_options": {"include_usage": True}} if request.stream else {}
     return {
         "model": request.model,
         "prompt": "Once upon a time",
         "max_tokens": tokens,
         "ignore_eos": True,
         "stream": request.stream,
+        **options,
     }
 
 

@@ -106,7 +106,9 @@ async def constant(clients: Sequence[Client], *, name: str = "load") -> AsyncIte
         for n, client in enumerate(clients)
     ]
     while len(load.requests) < len(clients) or not all(
-        request.chunks or request.seconds for request in load.of(stream=True)
+        request.chunks or request.seconds
+        for request in load.requests[: len(clients)]  # the first of each
+        if request.stream
     ):
         await asyncio.sleep(0.02)
     load.begun.set()

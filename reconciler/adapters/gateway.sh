@@ -49,12 +49,14 @@ change)
   mv -T "$folder/current.part.$$" "$folder/current"
   nginx -s reload -c "$conf"
   # The new workers answer within moments; until then the old generation may.
+  # One answer of theirs counts: an old worker may still take the next question.
   tries=0
-  while [ "$(running)" != "$generation" ] && [ "$tries" -lt 100 ]; do
+  answer=$(running)
+  while [ "$answer" != "$generation" ] && [ "$tries" -lt 100 ]; do
     tries=$((tries + 1))
     sleep 0.1
+    answer=$(running)
   done
-  answer=$(running)
   if [ "$answer" != "$generation" ]; then
     # What runs must match what a restart would read: put the old link back.
     if [ -n "$previous" ]; then

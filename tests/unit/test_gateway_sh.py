@@ -122,6 +122,17 @@ def test_R29_reload_that_does_not_take_is_put_back(gateway: Gateway) -> None:
     assert gateway.litter() == []
 
 
+def test_old_worker_that_answers_once_more_undoes_no_change(gateway: Gateway) -> None:
+    """Old and new workers take connections side by side for a moment: one new answer counts."""
+    first, second = to(ONE), to(TWO)
+    gateway.adapter.change("gateway", first)
+    runs = gateway.here / "runs"
+    forgets = f"#!/bin/sh\ncat {runs}\necho {first.generation} >{runs}\n"
+    (gateway.here / "bin" / "curl").write_text(forgets)
+    gateway.adapter.change("gateway", second)
+    assert gateway.linked == f"gen-{second.generation}"
+
+
 def test_gateway_that_would_restart_differently_is_behind(gateway: Gateway) -> None:
     """A crash between swap and reload is seen: its generation is unknown, its routes are not."""
     first, second = to(ONE), to(TWO)

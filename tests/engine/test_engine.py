@@ -190,7 +190,9 @@ def test_a_chat_stream_is_role_tokens_usage_done(client: httpx.Client) -> None:
     assert {event["object"] for event in (first, *tokens, last)} == {"chat.completion.chunk"}
     assert all(token["choices"][0]["delta"]["content"] for token in tokens)
     reasons = [token["choices"][0]["finish_reason"] for token in tokens]
-    assert reasons == [None, None, None, "length"]
+    # What a busy machine is late to send, vLLM puts into one event: there may be fewer than tokens.
+    *early, end = reasons
+    assert (set(early) <= {None}, len(early) <= 3, end) == (True, True, "length")
     assert last["choices"] == []
     assert last["usage"]["completion_tokens"] == 4
     assert last["system_fingerprint"]
@@ -236,7 +238,8 @@ def test_a_completion_stream_is_tokens_done(client: httpx.Client) -> None:
     assert done == "[DONE]"
     tokens = [json.loads(event) for event in events]
     reasons = [token["choices"][0]["finish_reason"] for token in tokens]
-    assert reasons == [None, None, "length"]
+    *early, end = reasons
+    assert (set(early) <= {None}, len(early) <= 2, end) == (True, True, "length")
     assert all(token["choices"][0]["text"] for token in tokens)
     assert tokens[-1]["system_fingerprint"]
 

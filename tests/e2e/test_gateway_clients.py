@@ -65,7 +65,7 @@ def test_R39_a_thousand_idle_streams_are_held_over_reloads(fleet: Fleet) -> None
 
     async def hold() -> list[str]:
         async with in_flight(
-            fleet.url, "tiny", plain=0, streams=1000, tokens=3, name="idle"
+            fleet.url, "tiny", plain=0, streams=1000, tokens=8, name="idle"
         ) as load:
             for _ in range(3):
                 reconfigure(fleet)

@@ -42,6 +42,8 @@ PROTECTION = [
     *("--config", f"{SECRETS}/engine.yaml"),
     *("--ssl-certfile", f"{SECRETS}/replica.pem", "--ssl-keyfile", f"{SECRETS}/replica.pem"),
 ]
+# As batch.py sets it, on the host and in a container: a client here may be kept waiting too.
+_KEEP_ALIVE = {f"{prefix}VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120" for prefix in ("", "APPTAINERENV_")}
 STANDIN = "/opt/modelfleet/src/tests/lab/standin.py"
 
 
@@ -175,7 +177,7 @@ def start(
         _write_secrets(lab, HOSTS[kind])
         argv = [*session, *command(kind), "--port", str(port), *FLAGS, *PROTECTION]
         with log.open("w") as out:
-            started = lab.popen(HOSTS[kind], argv, stdout=out, stderr=out)
+            started = lab.popen(HOSTS[kind], argv, env=_KEEP_ALIVE, stdout=out, stderr=out)
         engine = Engine(kind, lab, port, started, log)
         try:
             wait_for(f"{kind} to be healthy", lambda: healthy(engine), timeout_s=START_TIMEOUT_S)

@@ -16,6 +16,9 @@ import openai
 PATIENCE_S = 60.0
 # How a slow client sends its body: so many pieces, so long between two of them.
 PIECES, PAUSE_S = 20, 0.15
+# A gateway says half a second before a reload that connections end (gateway.sh). Who has not asked
+# for nearly as long has not heard it, and so does not rely on an old connection.
+FRESH_S = 0.4
 
 
 @dataclass(slots=True)
@@ -246,6 +249,7 @@ class _Raw:
         self._host, self._port = urlsplit(url).hostname, urlsplit(url).port
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
+        self._asked = 0.0
 
     async def aclose(self) -> None:
         self._close()
@@ -259,9 +263,11 @@ class _Raw:
         # Twice, so that what has come is read: a connection that was closed is not used again.
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        if self._reader is None or self._writer is None or self._reader.at_eof():
+        fresh = time.monotonic() - self._asked < FRESH_S
+        if not fresh or self._reader is None or self._writer is None or self._reader.at_eof():
             self._close()
             self._reader, self._writer = await asyncio.open_connection(self._host, self._port)
+        self._asked = time.monotonic()
         return self._reader, self._writer
 
     async def send(self, request: Request, tokens: int) -> None:

@@ -1,3 +1,5 @@
+import fs from 'fs';
+
 // Looks at a replica's answer on its way to the client and leaves for the access log: when its first
 // byte came, how it ended, and its tokens. What passes stays as it is, byte for byte, but for one
 // event of a stream: where gateway.js asked for the tokens and the client did not, the event that
@@ -106,16 +108,21 @@ function without(whole) {
 }
 
 function note(r, bytes) {
-    const text = bytes.toString();
-    const reasons = text.match(/"finish_reason":"\w+"/g) || [];
-    reasons.forEach(reason => end(r, reason.slice(FINISH.length, -1)));
+    for (let at = bytes.indexOf(FINISH); at >= 0; at = bytes.indexOf(FINISH, at + 1)) {
+        const reason = bytes.slice(at + FINISH.length, at + FINISH.length + 32).toString();
+        end(r, reason.slice(0, reason.indexOf('"')));
+    }
     if (stream && bytes.indexOf(FAILED) >= 0) {
         end(r, 'error');
     }
-    const usage = text.slice(text.lastIndexOf(USAGE));
-    const prompt = usage.match(/^[\s\S]{0,400}?"(?:prompt|input)_tokens":(\d+)/);
-    const completion = usage.match(/^[\s\S]{0,400}?"(?:completion|output)_tokens":(\d+)/);
+    const begins = bytes.lastIndexOf(USAGE);
+    if (begins < 0) {
+        return;
+    }
+    const usage = bytes.slice(begins, begins + 450).toString();
+    const prompt = usage.match(/"(?:prompt|input)_tokens":(\d+)/);
     if (prompt) {
+        const completion = usage.match(/"(?:completion|output)_tokens":(\d+)/);
         r.variables.fleet_prompt_tokens = prompt[1];
         // An embedding has none.
         r.variables.fleet_completion_tokens = completion ? completion[1] : '0';
@@ -135,4 +142,18 @@ function passed(r) {
     return request === r && stream ? String(pieces) : '0';
 }
 
-export default {watch, passed};
+// NGINX ends idle connections at a reload, although a request may be on its way on one. So for a
+// moment before, and for as long as an old worker lives, each answer asks the client to end its own.
+// HTTP/2 has frames for that, and forbids the header.
+function connection(r) {
+    if (r.httpVersion >= '2') {
+        return '';
+    }
+    try {
+        return fs.statSync(r.variables.fleet_closing, {throwIfNoEntry: false}) ? 'close' : '';
+    } catch (e) {
+        return ''; // the folder is closed to NGINX's workers
+    }
+}
+
+export default {watch, passed, connection};

@@ -11,7 +11,6 @@
 //              which of the limits in gateway.conf, rate and concurrency, are its own
 //   exhausted  the tenants that have used up their tokens of this day (UTC)
 import crypto from 'crypto';
-import fs from 'fs';
 
 // What vLLM 0.32 serves to callers. Whatever is not named here never reaches a replica: paths
 // that load adapters, put the engine to sleep or show its inside.
@@ -31,7 +30,8 @@ const BY_PATH = /^\/m\/([a-z0-9-]+)(\/.*)$/;
 // clients do by themselves, carry a caller through a cold start of twice as long.
 const RETRY_AFTER_S = {starting: 15, stopped: 30};
 const DAY_S = 86400;
-const UTF_8 = new TextDecoder('utf-8', {fatal: true});
+// A body of more bytes is searched by NGINX before (@long).
+const LONG = 16384;
 
 function own(object, key) {
     return Object.prototype.hasOwnProperty.call(object, key);
@@ -70,7 +70,8 @@ function wrongMethod(r, right) {
     refused(r, 405, 'method_not_supported', `Use ${right} here.`);
 }
 
-// Who calls: '' for nobody known, and for everyone where there are no tenants.
+// Who calls: '' for nobody known, and for everyone where there are no tenants. Leaves the caller's
+// limits too, for NGINX to count by.
 function tenant(r) {
     if (FLEET.keys === null) {
         return '';
@@ -82,26 +83,21 @@ function tenant(r) {
         return '';
     }
     const hash = crypto.createHash('sha256').update(key).digest('hex');
-    return own(FLEET.keys, hash) ? FLEET.keys[hash] : '';
-}
-
-function allowed(r) {
-    if (FLEET.keys === null) {
-        return {models: null};
+    if (!own(FLEET.keys, hash)) {
+        return '';
     }
-    return FLEET.tenants[r.variables.fleet_tenant] || {models: []};
-}
-
-function rate(r) {
-    return allowed(r).rate || '';
-}
-
-function concurrency(r) {
-    return allowed(r).concurrency || '';
+    const name = FLEET.keys[hash];
+    const limits = FLEET.tenants[name];
+    r.variables.fleet_rate = limits.rate || '';
+    r.variables.fleet_concurrency = limits.concurrency || '';
+    return name;
 }
 
 function mayUse(r, model) {
-    const models = allowed(r).models;
+    if (FLEET.keys === null) {
+        return true;
+    }
+    const models = (FLEET.tenants[r.variables.fleet_tenant] || {models: []}).models;
     return models === null || among(models, model);
 }
 
@@ -125,8 +121,9 @@ function send(r, model, path, body) {
         const message = 'No replica of this model is ready; try again.';
         return failed(r, 503, 'server_error', 'model_not_ready', message);
     }
-    const kind = Math.random() < FLEET.open[model] ? 'open' : 'model';
-    r.variables.fleet_upstream = `${kind}.${model}`;
+    const open = FLEET.open[model];
+    const kind = open === 1 || (open && Math.random() < open) ? 'open.' : 'model.';
+    r.variables.fleet_upstream = kind + model;
     r.variables.fleet_path = path;
     r.internalRedirect(asksForUsage(r, path, body) ? '@asking' : '@replicas');
 }
@@ -134,7 +131,7 @@ function send(r, model, path, body) {
 // A stream tells its tokens only if it is asked to, so it is asked; docs/decisions/0010. The event
 // that tells them is hidden from a client that did not ask itself (answer.js).
 function asksForUsage(r, path, body) {
-    if (!body || !COMPLETION_PATHS.includes(path) || !isTrue(body.stream)) {
+    if (!body || !body.stream || !COMPLETION_PATHS.includes(path) || !isTrue(body.stream)) {
         return false;
     }
     const options = body.stream_options === undefined ? null : body.stream_options;
@@ -171,10 +168,16 @@ function route(r) {
         // So many chunks that the body no longer fits its buffer.
         return r.return(413);
     }
+    if (sent && sent.length > LONG) {
+        return r.internalRedirect('@long');
+    }
+    routeByBody(r);
+}
+
+function routeByBody(r) {
     let body;
     try {
-        // Strict: no byte is replaced by a character that an engine would not read there.
-        body = JSON.parse(UTF_8.decode(sent));
+        body = JSON.parse(strictly(r));
     } catch (e) {
         const deep = String(e).includes('too deep');
         const what = deep ? 'is nested too deeply' : 'is not JSON';
@@ -183,11 +186,35 @@ function route(r) {
     if (body === null || typeof body.model !== 'string' || !body.model) {
         return refused(r, 400, 'model_required', 'The request body must name a model.', 'model');
     }
-    if (!own(FLEET.names, body.model)) {
+    routeByName(r, body.model, body);
+}
+
+// The body as text. No byte is replaced by a character that an engine would not read there, as
+// `requestText` does; what is all ASCII needs no such care, which costs more than all else here.
+function strictly(r) {
+    const text = r.requestText;
+    if (/[^\x00-\x7f]/.test(text)) {
+        return new TextDecoder('utf-8', {fatal: true}).decode(r.requestBuffer);
+    }
+    return text;
+}
+
+// A long body of which NGINX has found that it names one model and asks for no stream: what else
+// stands there the engine will see.
+function routeLong(r) {
+    const name = r.variables.fleet_word;
+    if (name) {
+        return routeByName(r, name);
+    }
+    routeByBody(r);
+}
+
+function routeByName(r, name, body) {
+    if (!own(FLEET.names, name)) {
         const message = 'No such model; GET /v1/models lists them.';
         return refused(r, 404, 'model_not_found', message, 'model');
     }
-    send(r, FLEET.names[body.model], r.uri, body);
+    send(r, FLEET.names[name], r.uri, body);
 }
 
 // /m/MODEL/v1/...: for bodies that are not JSON, and for what has none.
@@ -242,18 +269,4 @@ function models(r) {
     r.return(200, JSON.stringify(entry(name)));
 }
 
-// NGINX ends idle connections at a reload, although a request may be on its way on one. So for a
-// moment before, and for as long as an old worker lives, each answer asks the client to end its own.
-// HTTP/2 has frames for that, and forbids the header.
-function connection(r) {
-    if (r.httpVersion >= '2') {
-        return '';
-    }
-    try {
-        return fs.statSync(r.variables.fleet_closing, {throwIfNoEntry: false}) ? 'close' : '';
-    } catch (e) {
-        return ''; // the folder is closed to NGINX's workers
-    }
-}
-
-export default {tenant, rate, concurrency, route, routeByPath, models, connection};
+export default {tenant, route, routeLong, routeByBody, routeByPath, models};

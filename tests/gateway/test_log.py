@@ -34,11 +34,15 @@ class Gateway:
 
     def send(self, id: str, path: str = "/v1/completions", **body: Any) -> bytes:
         """Send a completion and return the answer's body, as far as it came."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         text = json.dumps({"model": "tiny", "prompt": "secret words", **body}, ensure_ascii=False)
+        return self.post(id, text.encode(), path)
+
+    def post(self, id: str, body: bytes, path: str = "/v1/completions") -> bytes:
+        """Send these bytes and return the answer's body, as far as it came."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         headers = {"Content-Type": "application/json", "X-Request-Id": id, **CALLER}
         try:
-            connection.request("POST", path, text.encode(), headers)
+            connection.request("POST", path, body, headers)
             return connection.getresponse().read()
         except http.client.IncompleteRead as cut:
             return cut.partial
@@ -105,6 +109,19 @@ def test_usage_is_asked_for_beside_what_the_client_says(gateway: Gateway, option
     id = f"options-{options}".replace(" ", "").replace("'", "").replace("{", "").replace("}", "")
     body = gateway.send(id, stream=True, stream_options=options)
     assert body == ANSWER + DONE
+    assert gateway.logged(id)["completion_tokens"] == 5
+
+
+@pytest.mark.parametrize("key", [b'"stream":true', b'"str\\u0065am" : true'])
+@pytest.mark.parametrize("first", [True, False])
+def test_stream_of_a_long_request_is_counted_too(
+    gateway: Gateway, key: bytes, *, first: bool
+) -> None:
+    """However its key is spelled, before or behind the rest."""
+    id = f"long-{len(key)}-{first}"
+    rest = b'"model":"tiny","prompt":"' + b"a" * 40_000 + b'"'
+    body = b"{" + b",".join([key, rest] if first else [rest, key]) + b"}"
+    assert gateway.post(id, body) == ANSWER + DONE
     assert gateway.logged(id)["completion_tokens"] == 5
 
 

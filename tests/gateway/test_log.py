@@ -62,7 +62,8 @@ class Gateway:
         """Return the one line of a request."""
 
         def found() -> list[dict[str, Any]]:
-            records = [json.loads(line) for line in self.log.splitlines()]
+            lines = self.log.split(b"\n")[:-1]
+            records = [json.loads(line.decode(errors="replace")) for line in lines]
             return [record for record in records if record["id"] == id]
 
         [record] = wait_for(f"the line of {id}", found, timeout_s=timeout_s)
@@ -171,12 +172,29 @@ def test_no_request_forges_a_line_and_none_leaves_a_secret(gateway: Gateway) -> 
     assert b"secret words" not in gateway.log
 
 
-def ask_raw(port: int, path: str, headers: dict[str, str]) -> None:
-    """Send what an HTTP library would refuse to."""
+def test_way_to_a_path_hides_no_tokens(gateway: Gateway) -> None:
+    """No byte on the way there, such as one that is no text, keeps a request from being counted."""
+    before = spent(gateway)
+    body = json.dumps({"model": "tiny", "prompt": "a"})
+    headers = {"X-Request-Id": "hidden", "Content-Length": str(len(body)), **CALLER}
+    path = "/v1/\xff\xed\xa0\x80/../completions"
+    ask_raw(gateway.port, path, headers, method="POST", body=body)
+    assert gateway.logged("hidden")["status"] == "200"
+    assert spent(gateway) == before + 9
+
+
+def spent(gateway: Gateway) -> int:
+    return sum(one.tokens for one in tally(gateway.log).days.values())
+
+
+def ask_raw(
+    port: int, path: str, headers: dict[str, str], method: str = "GET", body: str = ""
+) -> None:
+    """Send what an HTTP library would refuse to; a character of the path is a byte."""
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    request = f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{lines}\r\n"
+    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{lines}\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
-        sock.sendall(request.encode())
+        sock.sendall((head + body).encode("latin-1"))
         while sock.recv(65536):
             pass
 

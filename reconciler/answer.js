@@ -11,8 +11,8 @@ const FINISH = '"finish_reason":"';
 const USAGE = '"usage":{';
 const FAILED = 'data: {"error"';
 const NO_CHOICES = '"choices":[]';
-// The end of a whole answer, where reason and usage are; and no event that says either is longer.
-const TAIL = 2048;
+// Of a reason or usage, and of an event that says either.
+const LONGEST = 512;
 const LONGEST_EVENT = 16384;
 const NOTHING = Buffer.alloc(0);
 
@@ -50,21 +50,24 @@ function watch(r, data, flags) {
         events(r, data, flags);
     } else {
         r.sendBuffer(data, flags);
-        held = tail(data);
+        search(r, data);
     }
-    if (flags.last) {
-        if (!stream) {
-            note(r, held);
-        }
-        if (r.variables.fleet_end === 'cut') {
-            r.variables.fleet_end = 'whole';
-        }
+    if (flags.last && r.variables.fleet_end === 'cut') {
+        r.variables.fleet_end = 'whole';
     }
 }
 
-function tail(data) {
-    const bytes = data.length < TAIL && held.length ? Buffer.concat([held, data]) : data;
-    return bytes.length > TAIL ? bytes.slice(bytes.length - TAIL) : bytes;
+// Reason and usage may stand anywhere in a whole answer: what follows them, such as the prompt's own
+// tokens, is as long as the caller wants it. The seam is for what stands across two chunks.
+function search(r, data) {
+    const seam = Buffer.concat([held, data.slice(0, LONGEST)]);
+    held = data.length < LONGEST ? seam : data;
+    held = held.slice(Math.max(0, held.length - LONGEST));
+    [seam, data].forEach(bytes => {
+        if (bytes.indexOf(USAGE) >= 0 || bytes.indexOf(FINISH) >= 0) {
+            note(r, bytes);
+        }
+    });
 }
 
 // A client can't use half an event, so one that is to be hidden may wait for its other half.

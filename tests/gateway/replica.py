@@ -38,11 +38,17 @@ def stream(body: Json) -> bytes:
     return choice(EVIL) + choice("é") + told + (TELLING if asked else b"") + DONE
 
 
+def _text(body: Json) -> str:
+    return EVIL * body.get("times", 1) + "a" * body.get("more", 0)
+
+
 def whole(body: Json) -> bytes:
     """The whole answer that is no stream."""
     record = {
-        "choices": [{"text": EVIL * body.get("times", 1), "finish_reason": "stop"}],
+        "choices": [{"text": _text(body), "finish_reason": "stop"}],
         "usage": {"prompt_tokens": 7, "total_tokens": 9, "completion_tokens": 2},
+        # As vLLM does where `return_token_ids` is asked for.
+        "prompt_token_ids": [12345] * body.get("ids", 0),
     }
     return json.dumps(record, separators=(",", ":"), ensure_ascii=False).encode()
 

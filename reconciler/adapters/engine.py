@@ -30,6 +30,7 @@ _AT_ONCE = 128
 
 # A scrape of vLLM is some 50 KB; whoever sends more than this is something else.
 _ANSWER_MAX = 4 * 1024 * 1024
+_METRIC_MAX = 1e15
 
 # Over all engines of one API server (the label `engine`).
 _ONGOING = re.compile(r"vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? ([0-9.eE+-]+)")
@@ -292,4 +293,5 @@ def parse_metrics(metrics: str) -> tuple[int | None, float | None]:
 
 def _sum(matches: Iterable[re.Match[str] | None]) -> float | None:
     values = [float(match[1]) for match in matches if match is not None]
-    return sum(values) if values else None
+    # What no engine counts up to would be no number to calculate with.
+    return sum(values) if values and max(values) < _METRIC_MAX else None

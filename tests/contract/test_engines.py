@@ -283,3 +283,9 @@ def test_R30_ongoing_is_read_from_a_recorded_scrape_of_real_vllm() -> None:
     text = "vllm:num_requests_running 2.0\nvllm:num_requests_waiting 1.0\n"
     assert parse_metrics(text) == (3, None)
     assert parse_metrics("# nothing\n") == (None, None)
+
+
+def test_metrics_beyond_all_counts_are_unknown() -> None:
+    """Whoever answers at an address must not end a cycle with a number."""
+    text = "vllm:num_requests_running 1e999\nvllm:generation_tokens_total 1e999\n"
+    assert parse_metrics(text) == (None, None)

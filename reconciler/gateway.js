@@ -31,6 +31,11 @@ const BY_PATH = /^\/m\/([a-z0-9-]+)(\/.*)$/;
 // clients do by themselves, carry a caller through a cold start of twice as long.
 const RETRY_AFTER_S = {starting: 15, stopped: 30};
 const DAY_S = 86400;
+// Strings, lists and objects in a body. njs takes 200 bytes for an empty list, and the square of their
+// number in time for keys of one hash: 20,000 of those hold up a worker for a second or two, 300,000
+// for minutes. What is smaller can't hold many.
+const MOST_PARTS = 20000;
+const SMALL = 100000;
 const UTF_8 = new TextDecoder('utf-8', {fatal: true});
 
 function own(object, key) {
@@ -153,6 +158,65 @@ function isTrue(value) {
     return /^(true|t|yes|y|on|1)$/i.test(String(value));
 }
 
+// The request's body, whatever its JSON stands for; undefined if it was refused.
+function read(r) {
+    let sent;
+    try {
+        sent = r.requestBuffer;
+    } catch (e) {
+        // So many chunks that the body no longer fits its buffer.
+        return r.return(413);
+    }
+    try {
+        if (sent && sent.length > SMALL && hasTooManyParts(sent)) {
+            return refused(r, 400, 'invalid_json', 'The request body has too many parts.');
+        }
+        // Strict: no byte is replaced by a character that an engine would not read there.
+        return JSON.parse(UTF_8.decode(sent));
+    } catch (e) {
+        const deep = String(e).includes('too deep');
+        const what = deep ? 'is nested too deeply' : 'is not JSON';
+        return refused(r, 400, 'invalid_json', `The request body ${what}.`);
+    }
+}
+
+function hasTooManyParts(bytes) {
+    let parts = 0;
+    for (let at = 0; at < bytes.length;) {
+        const quote = bytes.indexOf('"', at);
+        const end = quote < 0 ? bytes.length : quote;
+        const between = bytes.slice(at, end);
+        parts += 1 + countOf(between, '[') + countOf(between, '{');
+        if (parts > MOST_PARTS) {
+            return true;
+        }
+        at = quote < 0 ? end : behindString(bytes, quote + 1);
+    }
+    return false;
+}
+
+function countOf(bytes, mark) {
+    let count = 0;
+    for (let at = bytes.indexOf(mark); at >= 0 && count <= MOST_PARTS; count++) {
+        at = bytes.indexOf(mark, at + 1);
+    }
+    return count;
+}
+
+// Where a string ends that begins at `from`: behind the first quote that has no backslash of its own.
+function behindString(bytes, from) {
+    for (let quote; (quote = bytes.indexOf('"', from)) >= 0; from = quote + 1) {
+        let slashes = 0;
+        while (quote - slashes > from && bytes[quote - slashes - 1] === 92) {
+            slashes++;
+        }
+        if (slashes % 2 === 0) {
+            return quote + 1;
+        }
+    }
+    return bytes.length;
+}
+
 function route(r) {
     if (UPLOAD_PATHS.includes(r.uri)) {
         const message = `This path has no JSON body: use /m/MODEL${r.uri}.`;
@@ -164,21 +228,9 @@ function route(r) {
     if (r.method !== 'POST') {
         return wrongMethod(r, 'POST');
     }
-    let sent;
-    try {
-        sent = r.requestBuffer;
-    } catch (e) {
-        // So many chunks that the body no longer fits its buffer.
-        return r.return(413);
-    }
-    let body;
-    try {
-        // Strict: no byte is replaced by a character that an engine would not read there.
-        body = JSON.parse(UTF_8.decode(sent));
-    } catch (e) {
-        const deep = String(e).includes('too deep');
-        const what = deep ? 'is nested too deeply' : 'is not JSON';
-        return refused(r, 400, 'invalid_json', `The request body ${what}.`);
+    const body = read(r);
+    if (body === undefined) {
+        return;
     }
     if (body === null || typeof body.model !== 'string' || !body.model) {
         return refused(r, 400, 'model_required', 'The request body must name a model.', 'model');
@@ -208,15 +260,14 @@ function routeByPath(r) {
     if (!own(FLEET.states, parts[1])) {
         return refused(r, 404, 'model_not_found', 'No such model; GET /v1/models lists them.');
     }
-    let body;
-    if (COMPLETION_PATHS.includes(path)) {
-        try {
-            body = JSON.parse(r.requestText);
-        } catch (e) {
-            // Not JSON, or so large that it lies in a file: the engine will see.
-        }
+    if (!COMPLETION_PATHS.includes(path)) {
+        return send(r, parts[1], path);
     }
-    send(r, parts[1], path, body);
+    // Read all the same, or its tokens would not be asked for.
+    const body = read(r);
+    if (body !== undefined) {
+        send(r, parts[1], path, body);
+    }
 }
 
 function entry(name) {

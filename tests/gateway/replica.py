@@ -35,7 +35,10 @@ def stream(body: Json) -> bytes:
     asked = bool((body.get("stream_options") or {}).get("include_usage"))
     endings = {"fail": FAILED, "half": choice("b", "abort") + choice("c", "length")}
     told = endings.get(body["prompt"], choice("b", "length"))
-    return choice(EVIL) + choice("é") + told + (TELLING if asked else b"") + DONE
+    # As of `/v1/responses`, whose last event repeats the request.
+    repeats = {"ahead": "a" * body.get("ahead", 0), "usage": USAGE, "behind": "a" * 20_000}
+    telling = event(repeats) if body.get("ahead") else TELLING
+    return choice(EVIL) + choice("é") + told + (telling if asked else b"") + DONE
 
 
 def _text(body: Json) -> str:

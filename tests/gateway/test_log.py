@@ -132,6 +132,18 @@ def test_caller_can_not_hide_its_tokens_behind_what_it_asks_for(gateway: Gateway
         assert record["finish"] == "stop"
 
 
+def test_long_event_hides_no_tokens(gateway: Gateway) -> None:
+    """It comes in many pieces, and its usage stands in any of them, or across two."""
+    asks = {"stream": True, "stream_options": {"include_usage": True}}
+    ids = {f"long-{ahead}": ahead for ahead in range(1, 4_200, 29)}
+    for id, ahead in ids.items():
+        gateway.send(id, ahead=ahead, **asks)
+    for id in ids:
+        record = gateway.logged(id)
+        assert (record["prompt_tokens"], record["completion_tokens"]) == (3, 5)
+        assert record["finish"] == "length"
+
+
 def test_log_tells_who_asked_whom_and_how_it_ended(gateway: Gateway) -> None:
     """Tenant, model, replica; an answer cut short, one that failed."""
     gateway.send("failed", prompt="fail", stream=True)

@@ -42,7 +42,7 @@ def stream(body: Json) -> bytes:
 
 
 def _text(body: Json) -> str:
-    return EVIL * body.get("times", 1) + "a" * body.get("more", 0)
+    return EVIL * int(body.get("times", 1)) + "a" * int(body.get("more", 0))
 
 
 def whole(body: Json) -> bytes:

@@ -123,10 +123,10 @@ def test_whole_answer_is_the_engines_own(gateway: Gateway, times: int) -> None:
 
 def test_caller_can_not_hide_its_tokens_behind_what_it_asks_for(gateway: Gateway) -> None:
     """Usage is found before a long end, and across the edges of NGINX's buffers."""
-    bodies = {f"behind-{more}": {"more": more, "ids": 2_000} for more in range(0, 4_200, 29)}
-    for id, body in bodies.items():
-        assert gateway.send(id, **body) == whole(body)
-    for id in bodies:
+    ids = {f"behind-{more}": more for more in range(0, 4_200, 29)}
+    for id, more in ids.items():
+        assert gateway.send(id, more=more, ids=2_000) == whole({"more": more, "ids": 2_000})
+    for id in ids:
         record = gateway.logged(id)
         assert (record["prompt_tokens"], record["completion_tokens"]) == (7, 2)
         assert record["finish"] == "stop"
@@ -134,10 +134,10 @@ def test_caller_can_not_hide_its_tokens_behind_what_it_asks_for(gateway: Gateway
 
 def test_long_event_hides_no_tokens(gateway: Gateway) -> None:
     """It comes in many pieces, and its usage stands in any of them, or across two."""
-    asks = {"stream": True, "stream_options": {"include_usage": True}}
+    asks = {"include_usage": True}
     ids = {f"long-{ahead}": ahead for ahead in range(1, 4_200, 29)}
     for id, ahead in ids.items():
-        gateway.send(id, ahead=ahead, **asks)
+        gateway.send(id, ahead=ahead, stream=True, stream_options=asks)
     for id in ids:
         record = gateway.logged(id)
         assert (record["prompt_tokens"], record["completion_tokens"]) == (3, 5)

@@ -13,8 +13,8 @@ const FINISH = '"finish_reason":"';
 const USAGE = '"usage":{';
 const FAILED = 'data: {"error"';
 const NO_CHOICES = '"choices":[]';
-// The end of a whole answer, where reason and usage are; and no event that says either is longer.
-const TAIL = 2048;
+// Of a reason or usage, and of an event that says either.
+const LONGEST = 512;
 const LONGEST_EVENT = 16384;
 const NOTHING = Buffer.alloc(0);
 
@@ -48,50 +48,52 @@ function watch(r, data, flags) {
         begun = true;
         r.variables.fleet_first_byte = r.variables.request_time;
     }
-    if (stream) {
+    if (hides) {
         events(r, data, flags);
     } else {
         r.sendBuffer(data, flags);
-        held = tail(data);
+        search(r, data);
     }
-    if (flags.last) {
-        if (!stream) {
-            note(r, held);
-        }
-        if (r.variables.fleet_end === 'cut') {
-            r.variables.fleet_end = 'whole';
-        }
+    if (flags.last && r.variables.fleet_end === 'cut') {
+        r.variables.fleet_end = 'whole';
     }
 }
 
-function tail(data) {
-    const bytes = data.length < TAIL && held.length ? Buffer.concat([held, data]) : data;
-    return bytes.length > TAIL ? bytes.slice(bytes.length - TAIL) : bytes;
+// Reason and usage may stand anywhere in an answer or event: what follows them, such as the prompt's
+// own tokens, is as long as the caller wants it. The seam is for what stands across two chunks.
+function search(r, data) {
+    const seam = held.length ? Buffer.concat([held, data.slice(0, LONGEST)]) : NOTHING;
+    notice(r, seam);
+    notice(r, data);
+    const known = seam.length && data.length < LONGEST ? seam : data;
+    held = stream && isEnded(data) ? NOTHING : known.slice(Math.max(0, known.length - LONGEST));
+}
+
+function notice(r, bytes) {
+    if (bytes.indexOf(USAGE) >= 0 || bytes.indexOf(FINISH) >= 0 || bytes.indexOf(FAILED) >= 0) {
+        note(r, bytes);
+    }
+}
+
+function isEnded(events) {
+    const length = events.length;
+    return length > 1 && events[length - 1] === 10 && events[length - 2] === 10;
 }
 
 // A client can't use half an event, so one that is to be hidden may wait for its other half.
 function events(r, data, flags) {
-    if (!hides) {
-        r.sendBuffer(data, flags);
-    }
     let whole = held.length ? Buffer.concat([held, data]) : data;
     held = NOTHING;
-    const length = whole.length;
-    if (!flags.last && !(length > 1 && whole[length - 1] === 10 && whole[length - 2] === 10)) {
+    if (!flags.last && !isEnded(whole)) {
         const end = whole.lastIndexOf('\n\n') + 1;
         const begins = end ? end + 1 : 0;
-        if (length - begins <= LONGEST_EVENT) {
+        if (whole.length - begins <= LONGEST_EVENT) {
             held = whole.slice(begins);
             whole = whole.slice(0, begins);
         }
     }
-    const tells = whole.indexOf(USAGE) >= 0;
-    if (tells || whole.indexOf(FINISH) >= 0 || whole.indexOf(FAILED) >= 0) {
-        note(r, whole);
-    }
-    if (hides) {
-        r.sendBuffer(tells ? without(whole) : whole, flags);
-    }
+    notice(r, whole);
+    r.sendBuffer(whole.indexOf(USAGE) >= 0 ? without(whole) : whole, flags);
 }
 
 function without(whole) {

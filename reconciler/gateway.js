@@ -32,6 +32,11 @@ const RETRY_AFTER_S = {starting: 15, stopped: 30};
 const DAY_S = 86400;
 // A body of more bytes is searched by NGINX before (@long).
 const LONG = 16384;
+// Strings, lists and objects in a body. njs takes 200 bytes for an empty list, and the square of their
+// number in time for keys of one hash: 20,000 of those hold up a worker for a second or two, 300,000
+// for minutes. What is smaller can't hold many.
+const MOST_PARTS = 20000;
+const SMALL = 100000;
 
 function own(object, key) {
     return Object.prototype.hasOwnProperty.call(object, key);
@@ -150,6 +155,81 @@ function isTrue(value) {
     return /^(true|t|yes|y|on|1)$/i.test(String(value));
 }
 
+// The bytes of the request's body; undefined if it was refused.
+function received(r) {
+    try {
+        return r.requestBuffer || '';
+    } catch (e) {
+        // So many chunks that the body no longer fits its buffer.
+        r.return(413);
+    }
+}
+
+// The request's body, whatever its JSON stands for; undefined if it was refused.
+function read(r) {
+    const sent = received(r);
+    if (sent === undefined) {
+        return;
+    }
+    if (sent.length > SMALL && hasTooManyParts(sent)) {
+        return refused(r, 400, 'invalid_json', 'The request body has too many parts.');
+    }
+    try {
+        return JSON.parse(strictly(r));
+    } catch (e) {
+        const deep = String(e).includes('too deep');
+        const what = deep ? 'is nested too deeply' : 'is not JSON';
+        return refused(r, 400, 'invalid_json', `The request body ${what}.`);
+    }
+}
+
+// The body as text. No byte is replaced by a character that an engine would not read there, as
+// `requestText` does; what is all ASCII needs no such care, which costs more than all else here.
+function strictly(r) {
+    const text = r.requestText;
+    if (/[^\x00-\x7f]/.test(text)) {
+        return new TextDecoder('utf-8', {fatal: true}).decode(r.requestBuffer);
+    }
+    return text;
+}
+
+function hasTooManyParts(bytes) {
+    let parts = 0;
+    for (let at = 0; at < bytes.length;) {
+        const quote = bytes.indexOf('"', at);
+        const end = quote < 0 ? bytes.length : quote;
+        const between = bytes.slice(at, end);
+        parts += 1 + countOf(between, '[') + countOf(between, '{');
+        if (parts > MOST_PARTS) {
+            return true;
+        }
+        at = quote < 0 ? end : behindString(bytes, quote + 1);
+    }
+    return false;
+}
+
+function countOf(bytes, mark) {
+    let count = 0;
+    for (let at = bytes.indexOf(mark); at >= 0 && count <= MOST_PARTS; count++) {
+        at = bytes.indexOf(mark, at + 1);
+    }
+    return count;
+}
+
+// Where a string ends that begins at `from`: behind the first quote that has no backslash of its own.
+function behindString(bytes, from) {
+    for (let quote; (quote = bytes.indexOf('"', from)) >= 0; from = quote + 1) {
+        let slashes = 0;
+        while (quote - slashes > from && bytes[quote - slashes - 1] === 92) {
+            slashes++;
+        }
+        if (slashes % 2 === 0) {
+            return quote + 1;
+        }
+    }
+    return bytes.length;
+}
+
 function route(r) {
     if (UPLOAD_PATHS.includes(r.uri)) {
         const message = `This path has no JSON body: use /m/MODEL${r.uri}.`;
@@ -161,42 +241,25 @@ function route(r) {
     if (r.method !== 'POST') {
         return wrongMethod(r, 'POST');
     }
-    let sent;
-    try {
-        sent = r.requestBuffer;
-    } catch (e) {
-        // So many chunks that the body no longer fits its buffer.
-        return r.return(413);
+    const sent = received(r);
+    if (sent === undefined) {
+        return;
     }
-    if (sent && sent.length > LONG) {
+    if (sent.length > LONG) {
         return r.internalRedirect('@long');
     }
     routeByBody(r);
 }
 
 function routeByBody(r) {
-    let body;
-    try {
-        body = JSON.parse(strictly(r));
-    } catch (e) {
-        const deep = String(e).includes('too deep');
-        const what = deep ? 'is nested too deeply' : 'is not JSON';
-        return refused(r, 400, 'invalid_json', `The request body ${what}.`);
+    const body = read(r);
+    if (body === undefined) {
+        return;
     }
     if (body === null || typeof body.model !== 'string' || !body.model) {
         return refused(r, 400, 'model_required', 'The request body must name a model.', 'model');
     }
     routeByName(r, body.model, body);
-}
-
-// The body as text. No byte is replaced by a character that an engine would not read there, as
-// `requestText` does; what is all ASCII needs no such care, which costs more than all else here.
-function strictly(r) {
-    const text = r.requestText;
-    if (/[^\x00-\x7f]/.test(text)) {
-        return new TextDecoder('utf-8', {fatal: true}).decode(r.requestBuffer);
-    }
-    return text;
 }
 
 // A long body of which NGINX has found that it names one model and asks for no stream: what else
@@ -235,15 +298,14 @@ function routeByPath(r) {
     if (!own(FLEET.states, parts[1])) {
         return refused(r, 404, 'model_not_found', 'No such model; GET /v1/models lists them.');
     }
-    let body;
-    if (COMPLETION_PATHS.includes(path)) {
-        try {
-            body = JSON.parse(r.requestText);
-        } catch (e) {
-            // Not JSON, or so large that it lies in a file: the engine will see.
-        }
+    if (!COMPLETION_PATHS.includes(path)) {
+        return send(r, parts[1], path);
     }
-    send(r, parts[1], path, body);
+    // Read all the same, or its tokens would not be asked for.
+    const body = read(r);
+    if (body !== undefined) {
+        send(r, parts[1], path, body);
+    }
 }
 
 function entry(name) {

@@ -217,7 +217,8 @@ def midnight_after(at: float) -> float:
 def _request(line: bytes) -> _Request | None:
     """Return what a line says, or None if it is not one of ours."""
     try:
-        record = json.loads(line)
+        # A path may hold any byte, and a request that came by it counts all the same.
+        record = json.loads(line.decode(errors="replace"))
         at = record["at"]
         if isinstance(at, bool) or not 0 <= at < 1e11:
             return None

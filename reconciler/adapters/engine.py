@@ -11,7 +11,7 @@ import ssl
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import httpcore
 
@@ -19,6 +19,8 @@ from reconciler.adapters.secrets import FileSecrets
 from reconciler.errors import SecretsFailed
 from reconciler.naming import Run, tls_name
 from reconciler.state import Health, Job, JobKey, Probe
+
+E = TypeVar("E", bound=BaseException)
 
 _TIMEOUT_S = 3.0
 # Engines warm up before they listen, so a first token takes moments. The whole cycle waits for it:
@@ -30,6 +32,11 @@ _AT_ONCE = 128
 
 # A scrape of vLLM is some 50 KB; whoever sends more than this is something else.
 _ANSWER_MAX = 4 * 1024 * 1024
+_METRIC_MAX = 1e15
+
+# OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID and _HAS_EXPIRED, which it says only of a certificate that
+# the fleet's authority has signed.
+_OUT_OF_DATE = (9, 10)
 
 # Over all engines of one API server (the label `engine`).
 _ONGOING = re.compile(r"vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? ([0-9.eE+-]+)")
@@ -215,6 +222,10 @@ async def _probe(replica: _Replica, job: Job, proven: bool) -> Probe:
     except TimeoutError:
         return Probe(health=Health.SILENT, detail="no answer in time")
     except httpcore.NetworkError as error:
+        doubted = _found(error, ssl.SSLCertVerificationError)
+        if doubted is not None and doubted.verify_code in _OUT_OF_DATE:
+            # Of all of them at once if this host's clock has jumped; gateways have their own.
+            return Probe(health=Health.SILENT, detail="its certificate is out of date here")
         if _has(error, ssl.SSLError) and not _has(error, ssl.SSLEOFError):
             detail = "it has no certificate of this model's replicas"
             return Probe(health=Health.IMPOSTOR, detail=detail)
@@ -227,16 +238,18 @@ async def _probe(replica: _Replica, job: Job, proven: bool) -> Probe:
         return Probe(health=Health.SICK, detail=detail)
 
 
-def _has(error: BaseException | None, kind: type[BaseException]) -> bool:
+def _has(error: BaseException, kind: type[BaseException]) -> bool:
     """Tell whether an error of this kind lies at the bottom of another.
 
     Such as a refused connection: the process is gone.
     """
-    while error is not None:
-        if isinstance(error, kind):
-            return True
+    return _found(error, kind) is not None
+
+
+def _found(error: BaseException | None, kind: type[E]) -> E | None:
+    while error is not None and not isinstance(error, kind):
         error = error.__cause__ or error.__context__
-    return False
+    return error
 
 
 async def _introduce(replica: _Replica, identity: str) -> Probe | None:
@@ -292,4 +305,5 @@ def parse_metrics(metrics: str) -> tuple[int | None, float | None]:
 
 def _sum(matches: Iterable[re.Match[str] | None]) -> float | None:
     values = [float(match[1]) for match in matches if match is not None]
-    return sum(values) if values else None
+    # What no engine counts up to would be no number to calculate with.
+    return sum(values) if values and max(values) < _METRIC_MAX else None

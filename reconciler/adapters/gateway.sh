@@ -38,6 +38,12 @@ look)
 change)
   generation=$4
   staged=$folder/gen-$generation
+  # Another host's change comes before or after this one.
+  exec 9<"$folder"
+  flock -w 10 9 || {
+    echo "another change of $folder is under way" >&2
+    exit 1
+  }
   part=$(mktemp -d "$folder/part.XXXXXX")
   trap 'rm -rf "$part"' EXIT
   tar -x -C "$part" -f -

@@ -1,7 +1,9 @@
 """What a probe makes of a replica's address: asked of real sockets, hosts and engines."""
 
 import asyncio
+import contextlib
 import socket
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,10 +12,10 @@ from threading import Thread
 
 import pytest
 
-from reconciler.adapters import engine
+from reconciler.adapters import certificates, engine
 from reconciler.adapters.engine import HttpEngines, parse_metrics
 from reconciler.adapters.secrets import FileSecrets
-from reconciler.naming import Comment, ReplicaName, Run
+from reconciler.naming import Comment, ReplicaName, Run, tls_name
 from reconciler.state import Health, Job, Probe
 from tests.lab import Lab
 from tests.lab.base import CHECKOUT
@@ -140,6 +142,20 @@ def test_probe_of_another_authoritys_certificate_is_an_impostor(
     assert _asked(others, _taking(protected, *keys)).health is Health.IMPOSTOR
 
 
+def test_R31_certificate_that_is_out_of_date_says_nothing_of_who_shows_it(
+    secrets: FileSecrets, tmp_path: Path
+) -> None:
+    """By a clock that has jumped all of them are, and all replicas would be replaced."""
+    authority = (secrets._folder / "ca.pem").read_text()
+    file = tmp_path / "replica.pem"
+    file.write_text(certificates.new_certificate(authority, tls_name("probe", "tiny"), -3600))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(file)
+    with _answering(b"", context) as address:
+        said = _asked(secrets, _job(address, keys=secrets.keyring().ids))
+    assert said == Probe(health=Health.SILENT, detail="its certificate is out of date here")
+
+
 def test_probe_of_an_engine_without_tls_is_an_impostor(replica: Job, secrets: FileSecrets) -> None:
     """It answers in the clear, and is not asked again in the clear."""
     ids = secrets.keyring().ids
@@ -224,18 +240,18 @@ def test_R11_no_more_replicas_are_asked_at_once_than_can_be_read(
 
 
 @contextmanager
-def _answering(answer: bytes) -> Iterator[str]:
+def _answering(answer: bytes, context: ssl.SSLContext | None = None) -> Iterator[str]:
     """Something at an address that reads a request, sends these bytes and closes."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
             connection, _ = server.accept()
-            with connection:
-                connection.recv(65536)
-                try:
+            with contextlib.suppress(OSError):  # it has had enough
+                if context is not None:
+                    connection = context.wrap_socket(connection, server_side=True)
+                with connection:
+                    connection.recv(65536)
                     connection.sendall(answer)
-                except OSError:
-                    return  # it has had enough
 
         thread = Thread(target=serve)
         thread.start()
@@ -283,3 +299,9 @@ def test_R30_ongoing_is_read_from_a_recorded_scrape_of_real_vllm() -> None:
     text = "vllm:num_requests_running 2.0\nvllm:num_requests_waiting 1.0\n"
     assert parse_metrics(text) == (3, None)
     assert parse_metrics("# nothing\n") == (None, None)
+
+
+def test_metrics_beyond_all_counts_are_unknown() -> None:
+    """Whoever answers at an address must not end a cycle with a number."""
+    text = "vllm:num_requests_running 1e999\nvllm:generation_tokens_total 1e999\n"
+    assert parse_metrics(text) == (None, None)

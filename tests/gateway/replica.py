@@ -35,14 +35,23 @@ def stream(body: Json) -> bytes:
     asked = bool((body.get("stream_options") or {}).get("include_usage"))
     endings = {"fail": FAILED, "half": choice("b", "abort") + choice("c", "length")}
     told = endings.get(body["prompt"], choice("b", "length"))
-    return choice(EVIL) + choice("é") + told + (TELLING if asked else b"") + DONE
+    # As of `/v1/responses`, whose last event repeats the request.
+    repeats = {"ahead": "a" * body.get("ahead", 0), "usage": USAGE, "behind": "a" * 20_000}
+    telling = event(repeats) if body.get("ahead") else TELLING
+    return choice(EVIL) + choice("é") + told + (telling if asked else b"") + DONE
+
+
+def _text(body: Json) -> str:
+    return EVIL * int(body.get("times", 1)) + "a" * int(body.get("more", 0))
 
 
 def whole(body: Json) -> bytes:
     """The whole answer that is no stream."""
     record = {
-        "choices": [{"text": EVIL * body.get("times", 1), "finish_reason": "stop"}],
+        "choices": [{"text": _text(body), "finish_reason": "stop"}],
         "usage": {"prompt_tokens": 7, "total_tokens": 9, "completion_tokens": 2},
+        # As vLLM does where `return_token_ids` is asked for.
+        "prompt_token_ids": [12345] * body.get("ids", 0),
     }
     return json.dumps(record, separators=(",", ":"), ensure_ascii=False).encode()
 

@@ -132,10 +132,22 @@ def _refuse(word: str) -> None:
     raise ValueError(word)
 
 
+def _read(body: bytes) -> Any:
+    """What a body says. Raises ValueError if it is not JSON."""
+    return json.loads(body.decode("utf-8-sig"), parse_constant=_refuse)
+
+
+def _is_json(body: bytes) -> bool:
+    with contextlib.suppress(ValueError):
+        _read(body)
+        return True
+    return False
+
+
 def _named(body: bytes) -> tuple[int, Any]:
     """What a body names: 200 and a model's name, or the status that it is refused with."""
     try:
-        read = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse)
+        read = _read(body)
     except ValueError:
         return 400, None
     name = read.get("model") if isinstance(read, dict) else None
@@ -157,6 +169,7 @@ def _rule(
         return 404, None
     if method != "POST":
         return 405, None
+    by_path = model is not None
     if model is None:
         status, name = _named(body)
         if status != 200:
@@ -164,6 +177,8 @@ def _rule(
         model = MODELS.get(name)
     if model not in MODELS.values():
         return 404, None
+    if by_path and path.endswith("completions") and not _is_json(body):
+        return 400, None
     if tenant in MAY_USE and model not in MAY_USE[tenant]:
         return 403, None
     if tenant == "carol":

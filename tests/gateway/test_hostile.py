@@ -91,7 +91,7 @@ BODIES: dict[str, tuple[bytes, int]] = {
     "deep and cut short": (b"[" * 500_000, 400),
     "deep enough for a schema": (b'{"model":"tiny","x":' + b"[" * 30 + b"]" * 30 + b"}", 200),
     "long number": (b'{"model":"tiny","x":' + b"9" * 4000 + b"}", 200),
-    "many keys": (b'{"model":"big",' + b'"a":1,' * 50_000 + b'"model":"tiny"}', 200),
+    "many keys": (b'{"model":"big",' + b'"a":1,' * 19_000 + b'"model":"tiny"}', 200),
     "model of 900 KB": (b'{"model":"' + b"a" * 900_000 + b'"}', 404),
     "number": (b'{"model":1}', 400),
     "true": (b'{"model":true}', 400),
@@ -166,6 +166,54 @@ def test_body_that_some_read_and_others_do_not_opens_no_other_model(
     before = len(front.replicas.got)
     assert front.ask("POST", CHAT, body).status in (200, 400)
     assert all(engine_reads(got.body) in (got.replica, None) for got in front.replicas.got[before:])
+
+
+PARTS: dict[str, bytes] = {
+    "keys": b"{" + b",".join(b'"%x":1' % key for key in range(40_000)) + b"}",
+    "lists": b"[" + b",".join([b"[]"] * 300_000) + b"]",
+    "objects": b"[" + b" , ".join([b"{}"] * 200_000) + b"]",
+    "texts": b"[" + b",".join([b'"\\\\"'] * 100_000) + b"]",
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("path", [CHAT, f"/m/tiny{CHAT}"])
+def test_body_of_very_many_parts_is_refused_before_it_is_read(
+    front: Front, path: str, name: str
+) -> None:
+    """It would hold up a worker for minutes, or take hundreds of megabytes of its memory."""
+    body = b'{"stream":true,"model":"tiny","x":' + PARTS[name] + b"}"
+    assert front.refused("POST", path, body) == (400, "invalid_json")
+
+
+NO_PARTS: dict[str, Any] = {
+    "brackets": "[{" * 200_000,
+    "quotes": '[{"' * 100_000,
+    "backslashes": '\\"[' * 100_000,
+    "numbers": [1] * 300_000,
+    "not too many": [["a" * 9]] * 8_000,
+}
+
+
+@pytest.mark.parametrize("name", NO_PARTS)
+def test_body_of_what_only_looks_like_parts_passes(front: Front, name: str) -> None:
+    """A text may hold whatever it likes, and a list very many numbers."""
+    value = NO_PARTS[name]
+    body = json.dumps({"model": "tiny", "x": value}, separators=(",", ":")).encode()
+    assert front.passed("POST", CHAT, body).body == body
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        *((b'{"x":NaN}', 400), ('{"stream":true}'.encode("utf-16"), 400), (b"[" * 500, 400)),
+        (b'{"stream":true}' + b" " * (1 << 20), 413),
+    ],
+    ids=["not a number", "another coding", "deep", "padded"],
+)
+def test_completion_by_path_is_read_like_any_other(front: Front, body: bytes, status: int) -> None:
+    """One that only an engine could read would not be asked for its tokens."""
+    assert front.refused("POST", f"/m/tiny{CHAT}", body)[0] == status
 
 
 def chunked(*parts: bytes) -> bytes:

@@ -66,7 +66,8 @@ class Gateway:
         """Return the one line of a request."""
 
         def found() -> list[dict[str, Any]]:
-            records = [json.loads(line) for line in self.log.splitlines()]
+            lines = self.log.split(b"\n")[:-1]
+            records = [json.loads(line.decode(errors="replace")) for line in lines]
             return [record for record in records if record["id"] == id]
 
         [record] = wait_for(f"the line of {id}", found, timeout_s=timeout_s)
@@ -137,6 +138,29 @@ def test_whole_answer_is_the_engines_own(gateway: Gateway, times: int) -> None:
     assert record["out"] > len(whole({"times": times}))
 
 
+def test_caller_can_not_hide_its_tokens_behind_what_it_asks_for(gateway: Gateway) -> None:
+    """Usage is found before a long end, and across the edges of NGINX's buffers."""
+    ids = {f"behind-{more}": more for more in range(0, 4_200, 29)}
+    for id, more in ids.items():
+        assert gateway.send(id, more=more, ids=2_000) == whole({"more": more, "ids": 2_000})
+    for id in ids:
+        record = gateway.logged(id)
+        assert (record["prompt_tokens"], record["completion_tokens"]) == (7, 2)
+        assert record["finish"] == "stop"
+
+
+def test_long_event_hides_no_tokens(gateway: Gateway) -> None:
+    """It comes in many pieces, and its usage stands in any of them, or across two."""
+    asks = {"include_usage": True}
+    ids = {f"long-{ahead}": ahead for ahead in range(1, 4_200, 29)}
+    for id, ahead in ids.items():
+        gateway.send(id, ahead=ahead, stream=True, stream_options=asks)
+    for id in ids:
+        record = gateway.logged(id)
+        assert (record["prompt_tokens"], record["completion_tokens"]) == (3, 5)
+        assert record["finish"] == "length"
+
+
 def test_log_tells_who_asked_whom_and_how_it_ended(gateway: Gateway) -> None:
     """Tenant, model, replica; an answer cut short, one that failed."""
     gateway.send("failed", prompt="fail", stream=True)
@@ -172,28 +196,46 @@ def test_own_answers_say_why_there_was_no_replica(gateway: Gateway) -> None:
 
 def test_no_request_forges_a_line_and_none_leaves_a_secret(gateway: Gateway) -> None:
     """Whatever stands in path, query and headers, each request is one line that can be read."""
-    before = tally(gateway.log).days
+    before = requests(gateway)
     strange = ['/v1/"},{"at":1', "/v1/%0a%22%7d%0a{", "/é", "/%ff%fe", "/v1/models?key=" + KEY]
     for at, path in enumerate(strange):
         headers = {"X-Request-Id": f'a"b\\\x01{at}', "User-Agent": '"}\\n{"', **CALLER}
         path = "".join(c if c.isascii() else f"%{ord(c):02x}" for c in path)
         ask_raw(gateway.port, path, headers)
-    gateway.send("last")
-    gateway.logged("last")
-    now = tally(gateway.log)
-    assert now.odd_lines == 0
-    counted = sum(one.requests for one in now.days.values())
-    assert counted - sum(one.requests for one in before.values()) == len(strange) + 1
+    # Each of NGINX's workers writes its own lines, when it likes to.
+    wait_for("a line each", lambda: requests(gateway) == before + len(strange))
+    assert tally(gateway.log).odd_lines == 0
     assert KEY.encode() not in gateway.log
     assert b"secret words" not in gateway.log
 
 
-def ask_raw(port: int, path: str, headers: dict[str, str]) -> None:
-    """Send what an HTTP library would refuse to."""
+def test_way_to_a_path_hides_no_tokens(gateway: Gateway) -> None:
+    """No byte on the way there, such as one that is no text, keeps a request from being counted."""
+    before = spent(gateway)
+    body = json.dumps({"model": "tiny", "prompt": "a"})
+    headers = {"X-Request-Id": "hidden", "Content-Length": str(len(body)), **CALLER}
+    path = "/v1/\xff\xed\xa0\x80/../completions"
+    ask_raw(gateway.port, path, headers, method="POST", body=body)
+    assert gateway.logged("hidden")["status"] == "200"
+    assert spent(gateway) == before + 9
+
+
+def requests(gateway: Gateway) -> int:
+    return sum(one.requests for one in tally(gateway.log).days.values())
+
+
+def spent(gateway: Gateway) -> int:
+    return sum(one.tokens for one in tally(gateway.log).days.values())
+
+
+def ask_raw(
+    port: int, path: str, headers: dict[str, str], method: str = "GET", body: str = ""
+) -> None:
+    """Send what an HTTP library would refuse to; a character of the path is a byte."""
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    request = f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{lines}\r\n"
+    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{lines}\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
-        sock.sendall(request.encode())
+        sock.sendall((head + body).encode("latin-1"))
         while sock.recv(65536):
             pass
 

@@ -6,6 +6,7 @@ and how it behaves. The same steps on a real NGINX are in tests/e2e.
 
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -268,3 +269,13 @@ def test_change_that_does_not_take_keeps_the_key_that_is_in_use(gateway: Gateway
     with pytest.raises(GatewayFailed):
         gateway.adapter.change("gateway", keyed("second", TWO))
     assert (gateway.folder / "current" / KEY_FILE).read_text() == "first"
+
+
+def test_changes_of_two_hosts_at_once_come_one_after_the_other(gateway: Gateway) -> None:
+    """Neither undoes the other's, takes its key away or takes its generation for its own."""
+    wanted = [keyed("secret", *jobs) for jobs in ((ONE,), (TWO,)) * 8]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        list(pool.map(lambda files: gateway.adapter.change("gateway", files), wanted))
+    assert (gateway.folder / "current" / KEY_FILE).exists()
+    [view] = gateway.adapter.look()
+    assert view.generation is not None

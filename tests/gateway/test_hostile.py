@@ -172,7 +172,7 @@ PARTS: dict[str, bytes] = {
     "keys": b"{" + b",".join(b'"%x":1' % key for key in range(40_000)) + b"}",
     "lists": b"[" + b",".join([b"[]"] * 300_000) + b"]",
     "objects": b"[" + b" , ".join([b"{}"] * 200_000) + b"]",
-    "texts": b"[" + b",".join([b'"\\\\"'] * 100_000) + b"]",
+    "keys behind texts": b"{" + b",".join([b'"\\\\": "["'] * 30_000) + b"}",
 }
 
 
@@ -191,6 +191,7 @@ NO_PARTS: dict[str, Any] = {
     "quotes": '[{"' * 100_000,
     "backslashes": '\\"[' * 100_000,
     "numbers": [1] * 300_000,
+    "texts": ["a:"] * 100_000,
     "not too many": [["a" * 9]] * 8_000,
 }
 

@@ -103,11 +103,23 @@ ArgValue = ArgScalar | list[ArgScalar] | dict[str, Any]
 # Bounded, so that no sum or product of them overflows what clocks and plans can hold.
 Positive = Annotated[int, Field(ge=1, le=1_000_000)]
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
+Percent = Annotated[int, Field(ge=0, le=100)]
+Weight = Annotated[int, Field(ge=1, le=100)]
 # What stands unquoted in NGINX's configuration.
 NginxPath = Annotated[str, Field(pattern=r"^/[A-Za-z0-9._/@+-]+$", max_length=500)]
 NginxSize = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,5}[km]$")]
 # NGINX takes whole requests a minute.
 Rate = Annotated[float, Field(ge=0.02, le=100_000)]
+HeaderName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9-]{0,63}$")]
+# An address alone can't be verified: NGINX compares a certificate with names.
+ExternalUrl = Annotated[
+    str,
+    Field(
+        max_length=500,
+        pattern=r"^https://([a-z0-9-]+\.)*[a-z0-9-]*[a-z][a-z0-9-]*(:[1-9][0-9]{0,4})?(/[A-Za-z0-9._~-]+)*$",
+    ),
+]
+Resolver = Annotated[str, Field(pattern=r"^([0-9]{1,3}\.){3}[0-9]{1,3}(:[1-9][0-9]{0,4})?$")]
 KeyHash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # A name's ordinal has six digits at most (naming.py): a job beyond them would be foreign to us.
 Replicas = Annotated[int, Field(ge=0, le=10_000)]
@@ -167,6 +179,18 @@ class GatewayTls(Strict):
     key: NginxPath = Field(description="PEM file on the gateway, readable to NGINX")
 
 
+class External(Strict):
+    """How a gateway reaches what lies outside, for models that have a `fallback`."""
+
+    resolvers: Annotated[tuple[Resolver, ...], Field(strict=False, min_length=1)] = Field(
+        description="DNS servers as IPv4, or IPv4:port; NGINX does not read resolv.conf"
+    )
+    authorities: NginxPath = Field(
+        "/etc/ssl/certs/ca-certificates.crt",
+        description="PEM file on the gateway: whose certificates are believed",
+    )
+
+
 class Gateway(Strict):
     """The one address of all models."""
 
@@ -176,6 +200,7 @@ class Gateway(Strict):
     body_max: NginxSize = Field("8m", description="of a JSON request; a gateway holds it in memory")
     upload_max: NginxSize = Field("64m", description="of a request to /m/MODEL/, such as audio")
     directory: NginxPath = "/var/lib/modelfleet/gateway"
+    external: External | None = Field(None, description="what a `fallback` of a model needs")
     hosts: Annotated[tuple[GatewayHost, ...], Field(strict=False)]
 
 
@@ -210,14 +235,39 @@ class Resources(Strict):
         return self.nodes * self.gpus
 
 
+class Abort(Strict):
+    """When a canary is given up: how much worse than the rest of its model it may be."""
+
+    requests: Positive = Field(100, description="that each side must have had, in an hour")
+    errors_percent: Percent = Field(5, description="that more of its requests fail, of all")
+    first_byte_percent: Count = Field(
+        50, description="that its median time to the first byte is longer"
+    )
+
+
 class Canary(Strict):
     """A second revision of a model, served beside the first: what differs, and how many of it."""
 
     replicas: Replicas = 1
+    share: Percent | None = Field(
+        None, description="percent of the requests; without: as any other replica"
+    )
+    abort: Abort = Field(Abort(), description="with a share")
+    weight: Weight | None = Field(None, description="default: the model's own")
     image: Label | None = None
     weights: AbsolutePath | None = None
     args: dict[ArgName, ArgValue] = Field({}, description="laid over the model's own")
     env: dict[EnvName, Line] = Field({}, description="laid over the model's own")
+
+
+class Fallback(Strict):
+    """Who answers while no replica of a model is ready: an API like OpenAI's, somewhere else."""
+
+    url: ExternalUrl = Field(description="up to and with /v1, if it has that")
+    model: Line = Field(description="what the model is called there")
+    key_file: AbsolutePath = Field(
+        description="on the host that runs fleet: one line, the key; mode 0600"
+    )
 
 
 class Model(Strict):
@@ -233,6 +283,12 @@ class Model(Strict):
     resources: Resources
     replicas: Replicas
     canary: Canary | None = None
+    weight: Weight = Field(1, description="of each replica when its gateway chooses one")
+    affinity: HeaderName | None = Field(
+        None,
+        description="`tenant`, or a request's header: equal ones go to one replica while it serves",
+    )
+    fallback: Fallback | None = None
     suspend: bool = False
     protect: bool = Field(False, description="its jobs outlive its block in this spec")
     slurm: SlurmOverride = SlurmOverride()
@@ -252,6 +308,7 @@ class Model(Strict):
         plain = self.model_copy(update={"canary": None})
         changed = {
             "replicas": self.canary.replicas,
+            "weight": self.canary.weight or self.weight,
             "image": self.canary.image or self.image,
             "weights": self.canary.weights or self.weights,
             "args": self.args | self.canary.args,
@@ -560,6 +617,9 @@ def impossibilities(fleet: Fleet) -> Iterator[tuple[source.Path, str]]:
             yield (*here, "name"), message
         yield from _argument_mistakes(fleet, model, here)
         yield from _canary_mistakes(fleet, model, (*here, "canary"))
+        if model.fallback is not None and fleet.gateway.external is None:
+            message = "a fallback needs gateway.external: its resolvers, such as [10.0.0.53]"
+            yield (*here, "fallback"), message
     yield from _tenant_mistakes(fleet)
     wanted = sum(
         variant.replicas * variant.resources.gpus_total

@@ -5,7 +5,7 @@ any more, the fleet becomes what the spec says within a bound, and stays so.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -426,7 +426,9 @@ def harness(simulation: Simulation) -> Iterator[None]:
         targets: Iterable[Target],
         trust: Trust | None = None,
         exhausted: Collection[str] = (),
+        external: Mapping[str, str] | None = None,
     ) -> GatewayFiles:
+        assert not external
         key = (id(fleet), tuple(sorted(targets)), trust, tuple(exhausted))
         if key not in rendered:
             kept.append(fleet)

@@ -35,6 +35,7 @@ from reconciler.state import (
     Keyring,
     Memory,
     Probe,
+    Trial,
     Trust,
     Usage,
 )
@@ -492,8 +493,11 @@ class SimSecrets:
     def issue(self, model: str, walltime_s: float) -> Credentials:
         return self._secrets.issue(model, walltime_s)
 
-    def gateway_files(self, trust: Trust) -> Mapping[str, str]:
-        return self._secrets.gateway_files(trust)
+    def external_keys(self, files: Iterable[str]) -> tuple[Mapping[str, str], Mapping[str, str]]:
+        return self.world.secrets.external_keys(files)
+
+    def gateway_files(self, trust: Trust | None, external: Mapping[str, str]) -> Mapping[str, str]:
+        return self._secrets.gateway_files(trust, external)
 
     @property
     def _secrets(self) -> MemorySecrets:
@@ -562,10 +566,10 @@ class SimStore:
     def count(self, gateway: str, part: LogPart, tallies: Tallies) -> None:
         raise AssertionError(f"{gateway} has no log to count: {part}, {tallies}")
 
-    def usage(self, at: float, gateways: frozenset[str]) -> tuple[Usage, None]:
+    def usage(self, at: float, gateways: frozenset[str]) -> tuple[Usage, None, Mapping[str, Trial]]:
         assert at > 0
         assert gateways
-        return Usage(tokens_today={}, complete=True), None
+        return Usage(tokens_today={}, complete=True), None, {}
 
     @contextmanager
     def locked(self) -> Iterator[None]:

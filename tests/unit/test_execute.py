@@ -22,7 +22,7 @@ from reconciler.observe import World
 from reconciler.plan import Action, Cancel, Drain, JobRef, Plan, Reason, Route, Submit
 from reconciler.planner import plan
 from reconciler.routes import AUTHORITY_FILE, KEY_FILE, GatewayFiles
-from reconciler.state import GatewayView, Job, Memory, Recipe, Trust, Usage
+from reconciler.state import GatewayView, Job, Memory, Recipe, Trial, Trust, Usage
 from reconciler.usage import Tallies
 from tests.simulation.secrets import MemorySecrets
 from tests.unit.build import (
@@ -162,10 +162,10 @@ class FakeJournal:
         assert part.ended
         assert tallies == Tallies()
 
-    def usage(self, at: float, gateways: frozenset[str]) -> tuple[Usage, None]:
+    def usage(self, at: float, gateways: frozenset[str]) -> tuple[Usage, None, Mapping[str, Trial]]:
         assert at
         assert gateways
-        return Usage(tokens_today={}, complete=True), None
+        return Usage(tokens_today={}, complete=True), None, {}
 
     def locked(self) -> AbstractContextManager[None]:
         return nullcontext()

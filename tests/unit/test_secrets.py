@@ -73,7 +73,7 @@ def test_gateway_files_hold_the_key_for_protected_replicas_only(either: Either) 
     """An open replica gets no key: anybody may have bound its port."""
     either.issue("tiny", DAY_S)
     ring = either.keyring()
-    made = either.gateway_files(Trust(key=ring.ids[0], authority=ring.authority))
+    made = either.gateway_files(Trust(key=ring.ids[0], authority=ring.authority), {})
     assert made.keys() == {KEY_FILE, AUTHORITY_FILE}
     assert 'default "";' in made[KEY_FILE]
     assert r"~^model\. " in made[KEY_FILE]
@@ -86,7 +86,7 @@ def test_gateway_files_of_what_is_gone_are_refused(either: Either, what: str) ->
     ring = either.keyring()
     trust = {"key": ring.ids[0], "authority": ring.authority} | {what: "0" * 8}
     with pytest.raises(SecretsFailed, match="meanwhile"):
-        either.gateway_files(Trust(**trust))
+        either.gateway_files(Trust(**trust), {})
 
 
 # -- files

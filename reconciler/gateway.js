@@ -26,7 +26,7 @@ const JSON_PATHS = [
 ];
 const COMPLETION_PATHS = ['/v1/chat/completions', '/v1/completions'];
 // What any API like OpenAI's has.
-const EXTERNAL_PATHS = [...COMPLETION_PATHS, '/v1/responses', '/v1/embeddings'];
+const EXTERNAL_PATHS = COMPLETION_PATHS.concat('/v1/responses', '/v1/embeddings');
 const UPLOAD_PATHS = ['/v1/audio/transcriptions', '/v1/audio/translations'];
 const RESPONSE_PATH = /^\/v1\/responses\/[A-Za-z0-9_-]+$/;
 const CANCEL_PATH = /^\/v1\/responses\/[A-Za-z0-9_-]+\/cancel$/;

@@ -62,6 +62,13 @@ function watch(r, data, flags) {
     }
 }
 
+// An event that is hidden would be missing from the length that a stream may have told.
+function lengthless(r) {
+    if (r.variables.fleet_asking !== '') {
+        delete r.headersOut['Content-Length'];
+    }
+}
+
 function tail(data) {
     const bytes = data.length < TAIL && held.length ? Buffer.concat([held, data]) : data;
     return bytes.length > TAIL ? bytes.slice(bytes.length - TAIL) : bytes;
@@ -135,4 +142,4 @@ function passed(r) {
     return request === r && stream ? String(pieces) : '0';
 }
 
-export default {watch, passed};
+export default {watch, lengthless, passed};

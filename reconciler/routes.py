@@ -52,6 +52,7 @@ _TLS = """\
 _EXTERNAL = """\
     location @external {
         resolver @RESOLVERS@ ipv6=off;
+        resolver_timeout 5s;
         proxy_pass https://$fleet_external$fleet_path;
         proxy_set_body $fleet_body;
         proxy_set_header Host $proxy_host;
@@ -70,8 +71,9 @@ _EXTERNAL = """\
         proxy_ssl_server_name on;
         proxy_ssl_protocols TLSv1.2 TLSv1.3;
         proxy_intercept_errors on;
-        error_page 401 403 404 =502 /.error;
-        error_page 500 502 503 504 /.error;
+        error_page 401 403 404 500 502 503 =502 /.error;
+        error_page 504 /.error;
+        js_header_filter answer.lengthless;
         js_body_filter answer.watch buffer_type=buffer;
     }
 """

@@ -36,14 +36,14 @@ class Nginx:
     """One running NGINX; `change` gives it a fleet's files by the product's own script."""
 
     def __init__(self, folder: Path, process: "subprocess.Popen[bytes]") -> None:
-        self._folder = folder
+        self.folder = folder
         self._process = process
         self._status = f"127.0.0.1:{free_port()}"
         self._workers: list[int] = []
 
     def read(self, name: str) -> str:
         """Return a file of its folder."""
-        return (self._folder / name).read_text(errors="replace")
+        return (self.folder / name).read_text(errors="replace")
 
     @property
     def log(self) -> str:

@@ -193,7 +193,7 @@ class FileSecrets:
 def _external_key(file: str) -> str:
     """Return the key that somebody else has given us. Raises SecretsFailed."""
     with _explained():
-        text = _read(Path(file)).strip()
+        text = _read(_check(Path(file), stat.S_IFREG)).strip()
     if not _EXTERNAL_KEY.fullmatch(text):
         raise SecretsFailed(f"{file} must hold one key: letters, digits and any of -._~+/=: alone")
     return text
@@ -230,7 +230,7 @@ def _check_status(path: Path, status: os.stat_result, kind: int) -> None:
 
 
 def _read(path: Path) -> str:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     with os.fdopen(descriptor, encoding="ascii", errors="replace") as file:
         _check_status(path, os.fstat(descriptor), stat.S_IFREG)
         return file.read()

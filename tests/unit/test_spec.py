@@ -200,6 +200,13 @@ BROKEN: dict[str, tuple[str, str, str]] = {
         *("[{name: gateway}]", "[]"),
         "7:11: no gateway: nobody could reach the models",
     ),
+    "fallback-without-a-resolver": (
+        *(
+            "replicas: 2",
+            "replicas: 2\n    fallback: {url: 'https://a.b/v1', model: m, key_file: /k}",
+        ),
+        "15:5: a fallback needs gateway.external: its resolvers, such as [10.0.0.53]",
+    ),
     "gateways-not-a-list": (*("[{name: gateway}]", "{}"), "7:11: gateway.hosts: must be a list"),
     "gateway-named-twice": (
         *("[{name: gateway}]", "[{name: gateway}, {name: gateway, ssh: other}]"),

@@ -61,10 +61,12 @@ def decide(model: Model, seen: Seen) -> Part:
 
 
 def _given_up(aborted: Aborted, model: Part, seen: Seen) -> Part:
-    """Let go of a canary that was given up, but for what alone serves its model."""
+    """Let go of a canary that was given up, but for what alone serves where anybody should."""
+    [(plain, _)] = seen.variants[aborted.model]
     going = {*aborted.jobs, *(job.key for job, _ in model.leaving)}
     jobs = seen.jobs_of(aborted.model)
-    served = any(seen.status(job) is Status.READY for job in jobs if job.key not in going)
+    others = [job for job in jobs if job.key not in going]
+    served = plain.replicas == 0 or any(seen.status(job) is Status.READY for job in others)
     stays = {Status.UNKNOWN, Status.ENDING} | (set() if served else {Status.READY, Status.SILENT})
     leaving = [
         (job, Reason.ABORTED)

@@ -328,7 +328,10 @@ class Simulation:
             return "no plan at all"
         if not plan.converged:
             return _difference(plan)
-        wanted = sum(one.most for one in self.spec.models.values())
+        wanted = sum(view.wanted for view in plan.models)
+        most = sum(one.most for one in self.spec.models.values()) - len(plan.aborted)
+        if wanted != most:
+            return f"{wanted} replicas are wanted by the plan, {most} by the spec"
         ours = [job for job in self.world.cluster.ours if job.state != "COMPLETING"]
         sick = [job.name for job in ours if not job.serves]
         if sick:

@@ -267,6 +267,14 @@ def test_canary_that_was_given_up_serves_while_nobody_else_does() -> None:
     assert (routed_ids(decided), leaving(decided)) == (None, {})
 
 
+def test_canary_that_was_given_up_does_not_stand_in_for_a_model_at_zero() -> None:
+    """Nobody else is wanted to serve, so there is nobody to wait for."""
+    wanted = fleet(model_record(replicas=0, canary=TRIED))
+    decided = decide([JOBS[2]], given_up(JOBS[2]), wanted)
+    assert leaving(decided) == {3: Reason.ABORTED}
+    assert routed_ids(decided) == []
+
+
 def test_canary_that_was_given_up_waits_for_no_place_of_the_model() -> None:
     """It serves nobody, so it goes at once, also while the model lacks replicas."""
     decided = decide([JOBS[0], JOBS[2]], given_up(JOBS[2]))

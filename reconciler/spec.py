@@ -19,12 +19,17 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from reconciler import source
 from reconciler.arguments import check_arguments, unchecked
 from reconciler.errors import Problem, SpecError
-from reconciler.naming import LABEL, LABEL_MAX
+from reconciler.naming import LABEL, LABEL_MAX, checked_address
 
 # The folders of a spec, each with one of these a file.
 _FOLDERS = ("models", "tenants")
 
 _DURATION = re.compile(r"(?:(?P<days>[0-9]{1,6})-)?(?P<clock>[0-9]{1,9}(?::[0-9]{1,9}){0,2})")
+# Of a name and no address: NGINX compares a certificate with names.
+_URL = re.compile(
+    r"https://([a-z0-9-]+\.)*[a-z0-9-]*[a-z][a-z0-9-]*(:(?P<port>[1-9][0-9]{0,4}))?"
+    r"(/[A-Za-z0-9._~-]+)*"
+)
 _MEMORY = re.compile(r"[1-9][0-9]{0,8}[MGT]")
 
 
@@ -79,6 +84,27 @@ def _checked_log_dir(text: str) -> str:
     return text
 
 
+def _checked_url(text: str) -> str:
+    match = _URL.fullmatch(text)
+    if match is None or len(text) > 500 or int(match["port"] or 0) > 65535:
+        raise ValueError("must be https:// and a name, with :port and /path if need be")
+    return text
+
+
+def _checked_resolver(text: str) -> str:
+    try:
+        checked_address(text if ":" in text else f"{text}:53")
+    except ValueError:
+        raise ValueError("must be an IPv4 address, with :port if need be") from None
+    return text
+
+
+def _not_empty(items: tuple[str, ...]) -> tuple[str, ...]:
+    if not items:
+        raise ValueError("must list one at least")
+    return items
+
+
 def _one_line(text: str) -> str:
     if not text or not text.isprintable():
         raise ValueError("must be one line of printable text")
@@ -111,15 +137,8 @@ NginxSize = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,5}[km]$")]
 # NGINX takes whole requests a minute.
 Rate = Annotated[float, Field(ge=0.02, le=100_000)]
 HeaderName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9-]{0,63}$")]
-# An address alone can't be verified: NGINX compares a certificate with names.
-ExternalUrl = Annotated[
-    str,
-    Field(
-        max_length=500,
-        pattern=r"^https://([a-z0-9-]+\.)*[a-z0-9-]*[a-z][a-z0-9-]*(:[1-9][0-9]{0,4})?(/[A-Za-z0-9._~-]+)*$",
-    ),
-]
-Resolver = Annotated[str, Field(pattern=r"^([0-9]{1,3}\.){3}[0-9]{1,3}(:[1-9][0-9]{0,4})?$")]
+ExternalUrl = Annotated[str, AfterValidator(_checked_url)]
+Resolver = Annotated[str, AfterValidator(_checked_resolver)]
 KeyHash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # A name's ordinal has six digits at most (naming.py): a job beyond them would be foreign to us.
 Replicas = Annotated[int, Field(ge=0, le=10_000)]
@@ -182,8 +201,8 @@ class GatewayTls(Strict):
 class External(Strict):
     """How a gateway reaches what lies outside, for models that have a `fallback`."""
 
-    resolvers: Annotated[tuple[Resolver, ...], Field(strict=False, min_length=1)] = Field(
-        description="DNS servers as IPv4, or IPv4:port; NGINX does not read resolv.conf"
+    resolvers: Annotated[tuple[Resolver, ...], Field(strict=False), AfterValidator(_not_empty)] = (
+        Field(description="DNS servers as IPv4, or IPv4:port; NGINX does not read resolv.conf")
     )
     authorities: NginxPath = Field(
         "/etc/ssl/certs/ca-certificates.crt",
@@ -528,6 +547,8 @@ def _is_argument(place: source.Path) -> bool:
     return len(place) > 3 and place[0] == "models" and place[2] == "args"
 
 
+# What people may put where a secret's place or hash belongs.
+_SECRET = {"env", "key_sha256", "key_file"}
 _WRONG_TYPE = {
     "tuple_type": "must be a list",
     "dict_type": "must be a mapping",
@@ -556,7 +577,7 @@ def _explained(path: source.Path, error: Any) -> tuple[source.Path, str]:
         message = "must be a DNS label: lower case letters, digits and inner hyphens"
     given = error.get("input")
     # What stands there may be a secret, such as a key in place of its hash; errors go to logs.
-    plain = isinstance(given, str | int | float | bool) and not {"env", "key_sha256"} & {*path}
+    plain = isinstance(given, str | int | float | bool) and not _SECRET & {*path}
     return path, f"{where}: {message}" + (f" (given: {source.shown(given)})" if plain else "")
 
 

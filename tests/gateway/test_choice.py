@@ -1,6 +1,7 @@
 """Which replica of a model gets a request: sessions that stay, weights, a canary's share."""
 
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from reconciler.state import Target
+from reconciler.usage import tally, trials
 from tests.gateway.conftest import RELEASES
 from tests.gateway.front import CHAT, KEYS, Front, tenants
 from tests.gateway.nginx import free_port, running
@@ -164,6 +166,10 @@ def test_canary_gets_its_share(crowd: Crowd) -> None:
         ("rest.0123abcd", "2"): got["b"],
         ("canary.0123abcd", "3"): got["c"],
     }
+    lines = crowd.nginx.read("access.log").encode().splitlines(keepends=True)[before:]
+    [trial] = trials(tally(b"".join(lines)).trials, time.time()).values()
+    assert (trial.canary.requests, trial.rest.requests) == (got["c"], got["a"] + got["b"])
+    assert (trial.canary.errors, trial.rest.errors) == (0, 0)
 
 
 @pytest.mark.parametrize("hosts", [1, 2])
@@ -178,6 +184,8 @@ def test_canary_that_is_away_costs_no_request(crowd: Crowd, hosts: int) -> None:
     assert first["trial"] == "canary.0123abcd"
     assert first["upstream"].startswith(dead)
     assert first["tries"] == "502, 200"
+    [tried] = tally(json.dumps(first).encode() + b"\n").trials.values()
+    assert tried.errors == 1
 
 
 @pytest.mark.parametrize("revision", ["", REVISION])

@@ -277,6 +277,8 @@ def test_canary_with_a_share_is_an_upstream_of_its_own() -> None:
     assert known(split["fleet.json"])["canaries"] == {"tiny": canary}
     whole = rendered(fleet(), made).files
     assert upstreams(whole["fleet.conf"]) == {"model.tiny": [*rest, f"10.0.0.2:1 {ends}"]}
+    alone = rendered(fleet(model_record(canary=TRIED)), made[2:]).files
+    assert upstreams(alone["fleet.conf"]) == {"model.tiny": [f"10.0.0.2:1 {ends}"]}
 
 
 @pytest.mark.parametrize("hosts", [1, 2])

@@ -174,9 +174,8 @@ class Invariants(Watch):
         most = model.replicas + self._fleet.defaults.rollout.max_surge
         if canary:
             # What was ready last may have become the canary: then it stands in for the model too.
-            given_up = {one.model for one in self._plan.aborted} if self._plan is not None else ()
             tried = sum(variant.replicas for variant in model.variants[1:])
-            tried = 0 if model_name in given_up else tried
+            tried = 0 if self._gave_up(model) else tried
             most = tried if not self._stands_in(new.name) else most + tried
         if len(names) > most:
             self._fail(2, f"{len(names)} replicas of {model_name}, {most} at most are wanted")
@@ -187,6 +186,11 @@ class Invariants(Watch):
         memory = self._world.unsaved or self._world.memory
         kept = memory.kept.get(model)
         return kept is not None and kept.revision == revision
+
+    def _gave_up(self, model: Model) -> bool:
+        """Whether the plan has given the model's canary up."""
+        aborted = self._plan.aborted if self._plan is not None else ()
+        return any(one.model == model.name for one in aborted)
 
     def _canaries(self, model: Model) -> set[str]:
         """The revision of a model's canary, if it has one, by the images as this cycle saw them."""
@@ -260,7 +264,7 @@ class Invariants(Watch):
         if reason is Reason.EXPIRING and self._ends_soon(job):
             return
         canaries = self._canaries(model)
-        canary = ref.name.revision in canaries and reason is not Reason.ABORTED
+        canary = ref.name.revision in canaries and not self._gave_up(model)
         ready = sum(
             view.name.model == model.name
             and view.status is Status.READY

@@ -80,6 +80,13 @@ function isEnded(events) {
     return length > 1 && events[length - 1] === 10 && events[length - 2] === 10;
 }
 
+// An event that is hidden would be missing from the length that a stream may have told.
+function lengthless(r) {
+    if (r.variables.fleet_asking !== '') {
+        delete r.headersOut['Content-Length'];
+    }
+}
+
 // A client can't use half an event, so one that is to be hidden may wait for its other half.
 function events(r, data, flags) {
     let whole = held.length ? Buffer.concat([held, data]) : data;
@@ -158,4 +165,4 @@ function connection(r) {
     }
 }
 
-export default {watch, passed, connection};
+export default {watch, lengthless, passed, connection};

@@ -222,9 +222,15 @@ def _credentials(recipe: Recipe, submit: Submit, secrets: Secrets) -> Credential
 
 
 def _route(action: Route, fleet: Fleet, world: World, say: Say) -> None:
-    files = render_gateway(fleet, action.targets, action.trust, action.exhausted)
-    if action.trust is not None:
-        files = replace(files, secrets=world.secrets.gateway_files(action.trust))
+    external = dict(action.external)
+    files = render_gateway(fleet, action.targets, action.trust, action.exhausted, external)
+    if action.trust is not None or external:
+        key_files = {
+            model.name: model.fallback.key_file
+            for model in fleet.models
+            if model.fallback is not None and model.name in external
+        }
+        files = replace(files, secrets=world.secrets.gateway_files(action.trust, key_files))
     calls = ((name, partial(world.gateways.change, name, files)) for name in action.gateways)
     failed = {}
     for name, ended in _side_by_side(world.at_once, calls):

@@ -6,6 +6,10 @@
 //   listed     these names, in the spec's order
 //   states     the model's own name -> ready, starting or stopped
 //   open       the own name of a model that is ready -> which share of its replicas is without TLS
+//   canaries   the own name of a model whose canary is tried -> its share (percent), its revision,
+//              and open; both it and the rest of the model have replicas
+//   affinity   a model's own name -> `tenant`, or the header whose equal values stay together
+//   external   a model's own name -> url (without its scheme) and model of its fallback
 //   keys       the sha256 of a key -> the name of its tenant; null: open to everyone
 //   tenants    the name of a tenant -> what it may: models, their own names or null for all, and
 //              which of the limits in gateway.conf, rate and concurrency, are its own
@@ -20,6 +24,8 @@ const JSON_PATHS = [
     '/v1/score', '/score', '/v1/rerank', '/v2/rerank', '/rerank', '/classify', '/pooling',
 ];
 const COMPLETION_PATHS = ['/v1/chat/completions', '/v1/completions'];
+// What any API like OpenAI's has.
+const EXTERNAL_PATHS = COMPLETION_PATHS.concat('/v1/responses', '/v1/embeddings');
 const UPLOAD_PATHS = ['/v1/audio/transcriptions', '/v1/audio/translations'];
 const RESPONSE_PATH = /^\/v1\/responses\/[A-Za-z0-9_-]+$/;
 const CANCEL_PATH = /^\/v1\/responses\/[A-Za-z0-9_-]+\/cancel$/;
@@ -122,32 +128,90 @@ function send(r, model, path, body) {
     r.variables.fleet_model = model;
     const state = FLEET.states[model];
     if (state !== 'ready') {
+        if (own(FLEET.external, model) && EXTERNAL_PATHS.includes(path) && isObject(body)) {
+            return sendAway(r, model, path, body);
+        }
         r.headersOut['Retry-After'] = String(RETRY_AFTER_S[state]);
         const message = 'No replica of this model is ready; try again.';
         return failed(r, 503, 'server_error', 'model_not_ready', message);
     }
-    const open = FLEET.open[model];
-    const kind = open === 1 || (open && Math.random() < open) ? 'open.' : 'model.';
-    r.variables.fleet_upstream = kind + model;
+    r.variables.fleet_upstream = upstream(r, model);
     r.variables.fleet_path = path;
-    r.internalRedirect(asksForUsage(r, path, body) ? '@asking' : '@replicas');
-}
-
-// A stream tells its tokens only if it is asked to, so it is asked; docs/decisions/0010. The event
-// that tells them is hidden from a client that did not ask itself (answer.js).
-function asksForUsage(r, path, body) {
-    if (!body || !body.stream || !COMPLETION_PATHS.includes(path) || !isTrue(body.stream)) {
-        return false;
-    }
-    const options = body.stream_options === undefined ? null : body.stream_options;
-    if (typeof options !== 'object' || (options && isTrue(options.include_usage))) {
-        return false;
+    if (!mustAskForUsage(path, body)) {
+        return r.internalRedirect('@replicas');
     }
     const text = r.requestText;
     // Of two keys of one name the last one holds.
     const asking = ',"stream_options":{"include_usage":true}}';
     r.variables.fleet_asking = text.slice(0, text.lastIndexOf('}')) + asking;
-    return true;
+    r.internalRedirect('@asking');
+}
+
+// Which replicas of a model that is ready get this request.
+function upstream(r, model) {
+    const common = affinity(r, model);
+    if (own(FLEET.canaries, model)) {
+        const canary = FLEET.canaries[model];
+        const tried = drawn(common) * 100 < canary.share;
+        r.variables.fleet_trial = `${tried ? 'canary' : 'rest'}.${canary.revision}`;
+        if (tried) {
+            return `${kind(canary.open)}.${model}.canary`;
+        }
+    }
+    r.variables.fleet_affinity = common;
+    return `${kind(FLEET.open[model])}.${model}${common ? '.sticky' : ''}`;
+}
+
+// With TLS or without; `open` is the share of the replicas that have none.
+function kind(open) {
+    return open === 1 || (open && Math.random() < open) ? 'open' : 'model';
+}
+
+// What this request has in common with those that belong to the same replica; '': with none.
+function affinity(r, model) {
+    if (!own(FLEET.affinity, model)) {
+        return '';
+    }
+    const by = FLEET.affinity[model];
+    return by === 'tenant' ? r.variables.fleet_tenant : r.headersIn[by] || '';
+}
+
+// From 0 to 1, by chance; for equal words the same: a session does not change sides.
+function drawn(word) {
+    if (!word) {
+        return Math.random();
+    }
+    const digest = crypto.createHash('sha256').update(word).digest('hex');
+    return parseInt(digest.slice(0, 8), 16) / 0x100000000;
+}
+
+function isObject(body) {
+    return typeof body === 'object' && body !== null && !Array.isArray(body);
+}
+
+// Asks a model's fallback, by the name that the model has there.
+function sendAway(r, model, path, body) {
+    const away = FLEET.external[model];
+    if (mustAskForUsage(path, body)) {
+        r.variables.fleet_asking = 'yes';
+        body.stream_options = Object.assign({}, body.stream_options, {include_usage: true});
+    }
+    body.model = away.model;
+    r.variables.fleet_body = JSON.stringify(body);
+    r.variables.fleet_upstream = `external.${model}`;
+    r.variables.fleet_external = away.url;
+    r.variables.fleet_path = path.slice('/v1'.length);
+    r.internalRedirect('@external');
+}
+
+// A stream tells its tokens only if it is asked to, so it is asked; docs/decisions/0010. The event
+// that tells them is hidden from a client that did not ask itself (answer.js).
+function mustAskForUsage(path, body) {
+    if (!body || !body.stream || !COMPLETION_PATHS.includes(path) || !isTrue(body.stream)) {
+        return false;
+    }
+    const options = body.stream_options === undefined ? null : body.stream_options;
+    return typeof options === 'object' && !(options && isTrue(options.include_usage));
 }
 
 // As the engine reads what should be true or false.
@@ -274,10 +338,11 @@ function routeByBody(r) {
 // stands there the engine will see.
 function routeLong(r) {
     const name = r.variables.fleet_word;
-    if (name) {
-        return routeByName(r, name);
+    // A fallback knows it by another name, which must then stand in its place.
+    if (!name || (own(FLEET.names, name) && own(FLEET.external, FLEET.names[name]))) {
+        return routeByBody(r);
     }
-    routeByBody(r);
+    routeByName(r, name);
 }
 
 function routeByName(r, name, body) {
@@ -306,10 +371,10 @@ function routeByPath(r) {
     if (!own(FLEET.states, parts[1])) {
         return refused(r, 404, 'model_not_found', 'No such model; GET /v1/models lists them.');
     }
-    if (!COMPLETION_PATHS.includes(path)) {
+    if (!EXTERNAL_PATHS.includes(path)) {
         return send(r, parts[1], path);
     }
-    // Read all the same, or its tokens would not be asked for.
+    // Read all the same: its tokens are asked for, and a fallback knows the model by another name.
     const body = read(r);
     if (body !== undefined) {
         send(r, parts[1], path, body);

@@ -61,7 +61,7 @@ def unconfirmed(memory: Memory, at: float) -> bool:
 
 
 def remember(memory: Memory, plan: Plan, recipes: Iterable[Recipe] = ()) -> Memory:
-    """Return the memory with a clock for each replica that leaves, and what serves kept.
+    """Return the memory with a clock for each replica that leaves, what serves, what was given up.
 
     `recipes` are those of the spec and what was found again of others; a model's wanted revision
     is kept once a replica of it is ready, any other that is ready only if nothing is kept.
@@ -74,7 +74,8 @@ def remember(memory: Memory, plan: Plan, recipes: Iterable[Recipe] = ()) -> Memo
         or DrainClock(since=plan.at, cause=_FAULTS.get(leaving.reason))
         for leaving in plan.leaving
     }
-    return replace(memory, drains=drains, kept=_kept(memory, plan, recipes))
+    aborted = {one.model: one for one in plan.aborted}
+    return replace(memory, drains=drains, kept=_kept(memory, plan, recipes), aborted=aborted)
 
 
 def _kept(memory: Memory, plan: Plan, recipes: Iterable[Recipe]) -> Mapping[str, Recipe]:

@@ -12,10 +12,11 @@ from ipaddress import IPv4Address
 from typing import Any
 
 LABEL = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
+REVISION = "[0-9a-f]{8}"
 _KEY_ID = re.compile(r"[0-9a-f]{8}")
 # Slurm keeps 1,024 bytes of a job name; NGINX and people want it far shorter.
 LABEL_MAX = 40
-_NAME = re.compile(rf"({LABEL})\.({LABEL})\.([0-9a-f]{{8}})\.(0|[1-9][0-9]{{0,5}})")
+_NAME = re.compile(rf"({LABEL})\.({LABEL})\.({REVISION})\.(0|[1-9][0-9]{{0,5}})")
 
 COMMENT_VERSION = 1
 # A job's log by sbatch's own words: its name and its id.

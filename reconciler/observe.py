@@ -58,10 +58,10 @@ def with_usage(
     """Return the observation with what is counted of the gateways' logs; unknown if unreadable."""
     names = frozenset(host.name for host in fleet.gateway.hosts)
     try:
-        usage, traffic = world.store.usage(observation.at, names)
+        usage, traffic, trials = world.store.usage(observation.at, names)
     except StateFailed:
         return replace(observation, log_problems=problems)
-    return replace(observation, usage=usage, traffic=traffic, log_problems=problems)
+    return replace(observation, usage=usage, traffic=traffic, trials=trials, log_problems=problems)
 
 
 def observe(
@@ -74,6 +74,8 @@ def observe(
     gateways = world.gateways.look()
     pins, image_errors = world.images.pins(fleet)
     keyring, keyring_error = _keyring(world.secrets)
+    key_files = {model.fallback.key_file for model in fleet.models if model.fallback is not None}
+    external_keys, external_errors = world.secrets.external_keys(sorted(key_files))
     jobs: tuple[Job, ...] | None = None
     jobs_error: str | None = None
     odd_lines = 0
@@ -101,6 +103,8 @@ def observe(
         booted_at=booted,
         keyring=keyring,
         keyring_error=keyring_error,
+        external_keys=external_keys,
+        external_errors=external_errors,
     ), pins
 
 

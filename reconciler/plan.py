@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter
 
 from reconciler.naming import ReplicaName
-from reconciler.state import JobKey, Target, Traffic, Trust
+from reconciler.state import Aborted, JobKey, Target, Traffic, Trust
 
 
 class Reason(StrEnum):
@@ -24,6 +24,7 @@ class Reason(StrEnum):
     SURPLUS = "surplus"
     EXPIRING = "expiring"
     MAINTENANCE = "maintenance"
+    ABORTED = "aborted"
 
 
 class NoteKind(StrEnum):
@@ -54,6 +55,8 @@ class NoteKind(StrEnum):
     GATEWAY = "gateway"
     LOG = "log"
     QUOTA = "quota"
+    ABORTED = "aborted"
+    FALLBACK = "fallback"
 
 
 # With one of these nothing at all was decided.
@@ -115,6 +118,7 @@ class Route:
     removed: tuple[str, ...]
     trust: Trust | None = None  # None: no target is protected
     exhausted: tuple[str, ...] = ()  # tenants to refuse
+    external: tuple[tuple[str, str], ...] = ()  # model with a fallback, and the id of its key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +202,7 @@ class Plan:
     leaving: tuple[Leaving, ...]  # whose drain clocks run
     gpus_held: int
     gpus_budget: int
+    aborted: tuple[Aborted, ...] = ()  # canaries that are given up, in this cycle or before
 
     @property
     def observed(self) -> bool:

@@ -10,13 +10,14 @@ named location, so that streaming and retries stay in the proxy module
 import hashlib
 import json
 import re
+import types
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import chain
 
-from reconciler.naming import LABEL, checked_address, checked_key_id, tls_name
-from reconciler.spec import Fleet, Tenant
+from reconciler.naming import LABEL, REVISION, checked_address, checked_key_id, tls_name
+from reconciler.spec import External, Fleet, Model, Tenant
 from reconciler.state import Target, Trust
 
 # Where a gateway answers its generation; loopback only, for the adapter on the same host.
@@ -29,6 +30,8 @@ _BALANCE = "least_conn"
 # Each gateway counts its own connections only: were all to choose their least busy replica, all
 # would choose the same one.
 _BALANCE_OF_SEVERAL = "random two least_conn"
+# A replica that comes or goes moves only those words that were, or become, its own.
+_STICKY = "hash $fleet_affinity consistent"
 
 # Some thousand tenants: NGINX forgets the one that has not called for the longest.
 _ZONE = "256k"
@@ -44,10 +47,42 @@ _TLS = """\
     add_header Strict-Transport-Security "max-age=31536000" always;
 """
 
+# Where a model's `fallback` is asked. Of the headers only what any API like OpenAI's knows; and a
+# key of ours that is refused there is no mistake of the caller.
+_EXTERNAL = """\
+    location @external {
+        resolver @RESOLVERS@ ipv6=off;
+        resolver_timeout 5s;
+        proxy_pass https://$fleet_external$fleet_path;
+        proxy_set_body $fleet_body;
+        proxy_set_header Host $proxy_host;
+        proxy_set_header Connection "";
+        proxy_set_header Accept $http_accept;
+        proxy_set_header Content-Type application/json;
+        proxy_set_header X-Request-Id $fleet_request_id;
+        proxy_set_header Authorization $fleet_authorization;
+        proxy_hide_header X-Request-Id;
+        proxy_hide_header Set-Cookie;
+        proxy_connect_timeout 5s;
+        proxy_ssl_verify on;
+        proxy_ssl_verify_depth 4;
+        proxy_ssl_trusted_certificate @AUTHORITIES@;
+        proxy_ssl_name $proxy_host;
+        proxy_ssl_server_name on;
+        proxy_ssl_protocols TLSv1.2 TLSv1.3;
+        proxy_intercept_errors on;
+        error_page 401 403 404 500 502 503 =502 /.error;
+        error_page 504 /.error;
+        js_header_filter answer.lengthless;
+        js_body_filter answer.watch buffer_type=buffer;
+    }
+"""
+
 GENERATION_MARK = "@GENERATION@"
 
 # Beside the others, of mode 0600: the key that protected replicas are shown, and who signs their
-# certificates. They are the only secret ones, so they are no part of what is rendered here.
+# certificates. They are the only secret ones, so they are no part of what is rendered here. The
+# keys of models' fallbacks lie in the first one too.
 KEY_FILE = "replica-key.conf"
 AUTHORITY_FILE = "replica-authority.crt"
 _PROTECTED = f"""
@@ -88,12 +123,15 @@ def key_in_use(order: Sequence[str], targets: Iterable[Target]) -> str | None:
     return order[newest] if most else None
 
 
-def key_file(key: str) -> str:
-    """Return the text of the file with a backend key: what `Authorization` each upstream gets."""
-    return (
-        "map $fleet_upstream $fleet_authorization {\n"
-        f'    default "";\n    ~^model\\. "Bearer {key}";\n}}\n'
-    )
+def key_file(key: str | None, external: Mapping[str, str] = types.MappingProxyType({})) -> str:
+    """Return the text of the file with the keys: what `Authorization` each upstream gets.
+
+    `key` is what protected replicas are shown; `external` has the key of each model's fallback.
+    """
+    shown = {} if key is None else {r"model\.": key}
+    shown |= {rf"external\.{model}$": text for model, text in sorted(external.items())}
+    lines = "".join(f'    ~^{upstream} "Bearer {text}";\n' for upstream, text in shown.items())
+    return f'map $fleet_upstream $fleet_authorization {{\n    default "";\n{lines}}}\n'
 
 
 def render_gateway(
@@ -101,11 +139,13 @@ def render_gateway(
     targets: Iterable[Target],
     trust: Trust | None = None,
     exhausted: Collection[str] = (),
+    external: Mapping[str, str] = types.MappingProxyType({}),
 ) -> GatewayFiles:
     """Return what every gateway of the fleet runs when exactly `targets` get requests.
 
     `trust` must be given if any of them is protected, that is, has keys.
     `exhausted` names the tenants that have used up their tokens: they are answered 429.
+    `external` has the id of the key for each model whose fallback may be asked.
     """
     ordered = tuple(sorted(set(targets)))
     # A model that is gone from the spec and still guarded is served by its name.
@@ -113,11 +153,11 @@ def render_gateway(
     for target in ordered:
         by_model.setdefault(target.model, []).append(target)
     parts = {
-        "fleet.conf": _fleet_conf(fleet, by_model, trust),
+        "fleet.conf": _fleet_conf(fleet, by_model, trust, external),
         "fleet.js": _GATEWAY_JS,
-        "fleet.json": _fleet_json(fleet, by_model, exhausted),
+        "fleet.json": _fleet_json(fleet, by_model, exhausted, external),
         "answer.js": _ANSWER_JS,
-        "targets.json": _targets_json(ordered, trust, exhausted),
+        "targets.json": _targets_json(ordered, trust, exhausted, external),
     }
     text = json.dumps(parts, sort_keys=True)
     generation = hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -139,17 +179,28 @@ def parse_targets(text: str) -> tuple[str, tuple[Target, ...]]:
 
 
 def _target(
-    *, model: str, job_id: int, submitted_at: int, address: str, keys: Sequence[str] = ()
+    *,
+    model: str,
+    job_id: int,
+    submitted_at: int,
+    address: str,
+    keys: Sequence[str] = (),
+    weight: int = 1,
+    canary: str = "",
 ) -> Target:
     """Return a target that may stand in a configuration again, whatever became of the file."""
     if not re.fullmatch(LABEL, model):
         raise ValueError(f"not a model: {model!r}")
+    if not re.fullmatch(REVISION, canary or "0" * 8) or int(weight) < 1:
+        raise ValueError(f"neither a revision nor a weight: {canary!r}, {weight!r}")
     return Target(
         model=model,
         job_id=int(job_id),
         submitted_at=int(submitted_at),
         address=checked_address(str(address)),
         keys=tuple(map(checked_key_id, keys)),
+        weight=int(weight),
+        canary=canary,
     )
 
 
@@ -160,22 +211,29 @@ def parse_exhausted(text: str) -> tuple[str, ...]:
 
 
 def _targets_json(
-    targets: tuple[Target, ...], trust: Trust | None, exhausted: Collection[str]
+    targets: tuple[Target, ...],
+    trust: Trust | None,
+    exhausted: Collection[str],
+    external: Mapping[str, str],
 ) -> str:
     # Another key, or another authority, is another generation.
     believed = None if trust is None else {"key": trust.key, "authority": trust.authority}
+    others = f'"external": {json.dumps(external, sort_keys=True)},\n' if external else ""
     # A line each: diffs are readable, and the encoder's own indentation takes three times as long.
     rows = ",\n".join(json.dumps(_entry(target)) for target in targets)
     head = (
         f'{{"generation": "{GENERATION_MARK}",\n"trust": {json.dumps(believed)},\n'
-        f'"exhausted": {json.dumps(sorted(exhausted))},\n'
+        f'"exhausted": {json.dumps(sorted(exhausted))},\n{others}'
     )
     return f'{head}"targets": [\n{rows}\n]}}\n'
 
 
 def _entry(target: Target) -> Mapping[str, object]:
     """Return what `_target` reads; by hand, as asdict's deep copies were half of the rendering."""
-    return {
+    options: dict[str, object] = {"weight": target.weight} if target.weight != 1 else {}
+    if target.canary:
+        options["canary"] = target.canary
+    return options | {
         "model": target.model,
         "job_id": target.job_id,
         "submitted_at": target.submitted_at,
@@ -184,10 +242,18 @@ def _entry(target: Target) -> Mapping[str, object]:
     }
 
 
-def _fleet_conf(fleet: Fleet, by_model: Mapping[str, list[Target]], trust: Trust | None) -> str:
+def _fleet_conf(
+    fleet: Fleet,
+    by_model: Mapping[str, list[Target]],
+    trust: Trust | None,
+    external: Mapping[str, str],
+) -> str:
     balance = _BALANCE if len(fleet.gateway.hosts) == 1 else _BALANCE_OF_SEVERAL
+    models = {model.name: model for model in fleet.models}
     upstreams = [
-        text for name, members in by_model.items() for text in _upstreams(name, members, balance)
+        text
+        for name, members in by_model.items()
+        for text in _upstreams(name, models.get(name), members, balance)
     ]
     protected = "" if trust is None else _PROTECTED
     most = max(map(len, by_model.values()), default=0)
@@ -206,8 +272,9 @@ def _fleet_conf(fleet: Fleet, by_model: Mapping[str, list[Target]], trust: Trust
         "UPLOAD_MAX": gateway.upload_max,
         "RETRY_WINDOW": str(_RETRY_WINDOW_S),
         "TRIES": str(max(2, min(most, 5))),
-        "KEY_FILE": "" if trust is None else f"include {KEY_FILE};\n",
-        "AUTHORIZATION": '""' if trust is None else "$fleet_authorization",
+        "KEY_FILE": f"include {KEY_FILE};\n" if trust or external else "",
+        "AUTHORIZATION": "$fleet_authorization" if trust or external else '""',
+        "EXTERNAL": _external(gateway.external) if gateway.external and external else "",
         "PROTECTED": protected.replace("@TLS_NAME@", tls_name(fleet.fleet, "$fleet_model")),
         "DIRECTORY": fleet.gateway.directory,
         "REPLICAS": _replicas(chain.from_iterable(by_model.values())),
@@ -246,28 +313,57 @@ def _limits(fleet: Fleet) -> tuple[str, str]:
     return "".join(zones), "".join(limits)
 
 
+def _external(external: External) -> str:
+    values = {"RESOLVERS": " ".join(external.resolvers), "AUTHORITIES": external.authorities}
+    return _filled(_EXTERNAL, values)
+
+
 def _filled(template: str, values: Mapping[str, str]) -> str:
     """Return a template with its marks replaced, in one pass: a value is never looked into."""
     return _MARK.sub(lambda mark: values.get(mark[1], mark[0]), template)
 
 
-def _upstreams(model: str, members: list[Target], balance: str) -> Iterator[str]:
+def _upstreams(
+    name: str, model: Model | None, members: list[Target], balance: str
+) -> Iterator[str]:
     """Yield a model's upstreams: of its protected replicas, and of those that are open."""
-    for kind, some in (
-        ("model", [target for target in members if target.keys]),
-        ("open", [target for target in members if not target.keys]),
-    ):
+    rest, canary = _sides(model, members)
+    for kind, protected in (("model", True), ("open", False)):
+        some = [target for target in rest if bool(target.keys) is protected]
+        tried = [target for target in canary if bool(target.keys) is protected]
         if some:
-            yield _upstream(f"{kind}.{model}", some, balance)
+            yield _upstream(f"{kind}.{name}", some, balance)
+        if some and model is not None and model.affinity is not None:
+            yield _upstream(f"{kind}.{name}.sticky", some, _STICKY)
+        if tried:
+            # Only this way of choosing knows a backup: who steps in while a canary is away.
+            yield _upstream(f"{kind}.{name}.canary", tried, _BALANCE, backup=some)
 
 
-def _upstream(name: str, members: list[Target], balance: str) -> str:
-    # One failure takes a replica out for 5 s: a dead node costs 2 s to each request that tries it.
-    servers = "".join(
-        f"    server {t.address} max_fails=1 fail_timeout=5s;  # job {t.job_id}\n" for t in members
-    )
+def _sides(model: Model | None, members: list[Target]) -> tuple[list[Target], list[Target]]:
+    """Return who serves a model, and apart from them its canary if that has a share of its own.
+
+    There is nothing to share while one of the two has nobody.
+    """
+    share = model.canary.share if model is not None and model.canary is not None else None
+    canary = [target for target in members if target.canary]
+    rest = [target for target in members if not target.canary]
+    return (rest, canary) if share is not None and canary and rest else (members, [])
+
+
+def _upstream(
+    name: str, members: Sequence[Target], balance: str, backup: Sequence[Target] = ()
+) -> str:
+    servers = "".join([*map(_server, members), *(_server(target, " backup") for target in backup)])
     head = f"upstream {name} {{\n    zone {name} 128k;\n    {balance};\n"
     return f"{head}{servers}    keepalive 64;\n}}\n"
+
+
+def _server(target: Target, role: str = "") -> str:
+    # One failure takes a replica out for 5 s: a dead node costs 2 s to each request that tries it.
+    weight = f" weight={target.weight}" if target.weight != 1 else ""
+    options = f"{weight} max_fails=1 fail_timeout=5s{role}"
+    return f"    server {target.address}{options};  # job {target.job_id}\n"
 
 
 def _open_share(members: list[Target]) -> float:
@@ -276,7 +372,10 @@ def _open_share(members: list[Target]) -> float:
 
 
 def _fleet_json(
-    fleet: Fleet, by_model: Mapping[str, list[Target]], exhausted: Collection[str]
+    fleet: Fleet,
+    by_model: Mapping[str, list[Target]],
+    exhausted: Collection[str],
+    external: Mapping[str, str],
 ) -> str:
     """Return what gateway.js knows; names reach it as JSON, so no character of theirs is special.
 
@@ -291,17 +390,38 @@ def _fleet_json(
     # A model that is gone from the spec and still guarded is served by its name.
     names |= {name: name for name in sorted(by_model) if name not in names}
     keys = {key: tenant.name for tenant in fleet.tenants for key in tenant.key_sha256}
+    models = {model.name: model for model in fleet.models}
+    sides = {name: _sides(models.get(name), members) for name, members in by_model.items()}
     record = {
         "fleet": fleet.fleet,
         "names": names,
         "listed": list(names),
         "states": states,
-        "open": {name: _open_share(members) for name, members in by_model.items() if members},
+        "open": {name: _open_share(rest) for name, (rest, _) in sides.items() if rest},
+        "canaries": {
+            name: _canary(models[name], canary) for name, (_, canary) in sides.items() if canary
+        },
+        "affinity": {model.name: model.affinity for model in fleet.models if model.affinity},
+        "external": {
+            model.name: {
+                "url": model.fallback.url.removeprefix("https://"),
+                "model": model.fallback.model,
+            }
+            for model in fleet.models
+            if model.fallback is not None and model.name in external
+        },
         "keys": keys or None,
         "tenants": {tenant.name: _allowed(tenant) for tenant in fleet.tenants},
         "exhausted": sorted(exhausted),
     }
     return json.dumps(record, sort_keys=True) + "\n"
+
+
+def _canary(model: Model, members: list[Target]) -> Mapping[str, object]:
+    """Return what gateway.js knows of a canary that has a share of its own."""
+    share = model.canary.share if model.canary is not None else None
+    revision = members[0].canary
+    return {"share": share, "revision": revision, "open": _open_share(members)}
 
 
 def _allowed(tenant: Tenant) -> Mapping[str, object]:

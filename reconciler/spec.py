@@ -19,12 +19,17 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from reconciler import source
 from reconciler.arguments import check_arguments, unchecked
 from reconciler.errors import Problem, SpecError
-from reconciler.naming import LABEL, LABEL_MAX
+from reconciler.naming import LABEL, LABEL_MAX, checked_address
 
 # The folders of a spec, each with one of these a file.
 _FOLDERS = ("models", "tenants")
 
 _DURATION = re.compile(r"(?:(?P<days>[0-9]{1,6})-)?(?P<clock>[0-9]{1,9}(?::[0-9]{1,9}){0,2})")
+# Of a name and no address: NGINX compares a certificate with names.
+_URL = re.compile(
+    r"https://([a-z0-9-]+\.)*[a-z0-9-]*[a-z][a-z0-9-]*(:(?P<port>[1-9][0-9]{0,4}))?"
+    r"(/[A-Za-z0-9._~-]+)*"
+)
 _MEMORY = re.compile(r"[1-9][0-9]{0,8}[MGT]")
 
 
@@ -79,6 +84,27 @@ def _checked_log_dir(text: str) -> str:
     return text
 
 
+def _checked_url(text: str) -> str:
+    match = _URL.fullmatch(text)
+    if match is None or len(text) > 500 or int(match["port"] or 0) > 65535:
+        raise ValueError("must be https:// and a name, with :port and /path if need be")
+    return text
+
+
+def _checked_resolver(text: str) -> str:
+    try:
+        checked_address(text if ":" in text else f"{text}:53")
+    except ValueError:
+        raise ValueError("must be an IPv4 address, with :port if need be") from None
+    return text
+
+
+def _not_empty(items: tuple[str, ...]) -> tuple[str, ...]:
+    if not items:
+        raise ValueError("must list one at least")
+    return items
+
+
 def _one_line(text: str) -> str:
     if not text or not text.isprintable():
         raise ValueError("must be one line of printable text")
@@ -103,11 +129,16 @@ ArgValue = ArgScalar | list[ArgScalar] | dict[str, Any]
 # Bounded, so that no sum or product of them overflows what clocks and plans can hold.
 Positive = Annotated[int, Field(ge=1, le=1_000_000)]
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
+Percent = Annotated[int, Field(ge=0, le=100)]
+Weight = Annotated[int, Field(ge=1, le=100)]
 # What stands unquoted in NGINX's configuration.
 NginxPath = Annotated[str, Field(pattern=r"^/[A-Za-z0-9._/@+-]+$", max_length=500)]
 NginxSize = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,5}[km]$")]
 # NGINX takes whole requests a minute.
 Rate = Annotated[float, Field(ge=0.02, le=100_000)]
+HeaderName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9-]{0,63}$")]
+ExternalUrl = Annotated[str, AfterValidator(_checked_url)]
+Resolver = Annotated[str, AfterValidator(_checked_resolver)]
 KeyHash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # A name's ordinal has six digits at most (naming.py): a job beyond them would be foreign to us.
 Replicas = Annotated[int, Field(ge=0, le=10_000)]
@@ -167,6 +198,18 @@ class GatewayTls(Strict):
     key: NginxPath = Field(description="PEM file on the gateway, readable to NGINX")
 
 
+class External(Strict):
+    """How a gateway reaches what lies outside, for models that have a `fallback`."""
+
+    resolvers: Annotated[tuple[Resolver, ...], Field(strict=False), AfterValidator(_not_empty)] = (
+        Field(description="DNS servers as IPv4, or IPv4:port; NGINX does not read resolv.conf")
+    )
+    authorities: NginxPath = Field(
+        "/etc/ssl/certs/ca-certificates.crt",
+        description="PEM file on the gateway: whose certificates are believed",
+    )
+
+
 class Gateway(Strict):
     """The one address of all models."""
 
@@ -176,6 +219,7 @@ class Gateway(Strict):
     body_max: NginxSize = Field("8m", description="of a JSON request; a gateway holds it in memory")
     upload_max: NginxSize = Field("64m", description="of a request to /m/MODEL/, such as audio")
     directory: NginxPath = "/var/lib/modelfleet/gateway"
+    external: External | None = Field(None, description="what a `fallback` of a model needs")
     hosts: Annotated[tuple[GatewayHost, ...], Field(strict=False)]
 
 
@@ -210,14 +254,39 @@ class Resources(Strict):
         return self.nodes * self.gpus
 
 
+class Abort(Strict):
+    """When a canary is given up: how much worse than the rest of its model it may be."""
+
+    requests: Positive = Field(100, description="that each side must have had, in an hour")
+    errors_percent: Percent = Field(5, description="that more of its requests fail, of all")
+    first_byte_percent: Count = Field(
+        50, description="that its median time to the first byte is longer"
+    )
+
+
 class Canary(Strict):
     """A second revision of a model, served beside the first: what differs, and how many of it."""
 
     replicas: Replicas = 1
+    share: Percent | None = Field(
+        None, description="percent of the requests; without: as any other replica"
+    )
+    abort: Abort = Field(Abort(), description="with a share")
+    weight: Weight | None = Field(None, description="default: the model's own")
     image: Label | None = None
     weights: AbsolutePath | None = None
     args: dict[ArgName, ArgValue] = Field({}, description="laid over the model's own")
     env: dict[EnvName, Line] = Field({}, description="laid over the model's own")
+
+
+class Fallback(Strict):
+    """Who answers while no replica of a model is ready: an API like OpenAI's, somewhere else."""
+
+    url: ExternalUrl = Field(description="up to and with /v1, if it has that")
+    model: Line = Field(description="what the model is called there")
+    key_file: AbsolutePath = Field(
+        description="on the host that runs fleet: one line, the key; mode 0600"
+    )
 
 
 class Model(Strict):
@@ -233,6 +302,12 @@ class Model(Strict):
     resources: Resources
     replicas: Replicas
     canary: Canary | None = None
+    weight: Weight = Field(1, description="of each replica when its gateway chooses one")
+    affinity: HeaderName | None = Field(
+        None,
+        description="`tenant`, or a request's header: equal ones go to one replica while it serves",
+    )
+    fallback: Fallback | None = None
     suspend: bool = False
     protect: bool = Field(False, description="its jobs outlive its block in this spec")
     slurm: SlurmOverride = SlurmOverride()
@@ -252,6 +327,7 @@ class Model(Strict):
         plain = self.model_copy(update={"canary": None})
         changed = {
             "replicas": self.canary.replicas,
+            "weight": self.canary.weight or self.weight,
             "image": self.canary.image or self.image,
             "weights": self.canary.weights or self.weights,
             "args": self.args | self.canary.args,
@@ -471,6 +547,8 @@ def _is_argument(place: source.Path) -> bool:
     return len(place) > 3 and place[0] == "models" and place[2] == "args"
 
 
+# What people may put where a secret's place or hash belongs.
+_SECRET = {"env", "key_sha256", "key_file"}
 _WRONG_TYPE = {
     "tuple_type": "must be a list",
     "dict_type": "must be a mapping",
@@ -499,7 +577,7 @@ def _explained(path: source.Path, error: Any) -> tuple[source.Path, str]:
         message = "must be a DNS label: lower case letters, digits and inner hyphens"
     given = error.get("input")
     # What stands there may be a secret, such as a key in place of its hash; errors go to logs.
-    plain = isinstance(given, str | int | float | bool) and not {"env", "key_sha256"} & {*path}
+    plain = isinstance(given, str | int | float | bool) and not _SECRET & {*path}
     return path, f"{where}: {message}" + (f" (given: {source.shown(given)})" if plain else "")
 
 
@@ -560,6 +638,9 @@ def impossibilities(fleet: Fleet) -> Iterator[tuple[source.Path, str]]:
             yield (*here, "name"), message
         yield from _argument_mistakes(fleet, model, here)
         yield from _canary_mistakes(fleet, model, (*here, "canary"))
+        if model.fallback is not None and fleet.gateway.external is None:
+            message = "a fallback needs gateway.external: its resolvers, such as [10.0.0.53]"
+            yield (*here, "fallback"), message
     yield from _tenant_mistakes(fleet)
     wanted = sum(
         variant.replicas * variant.resources.gpus_total

@@ -160,6 +160,8 @@ class Target:
     submitted_at: int
     address: str
     keys: tuple[str, ...] = ()  # ids of those that it takes; without any it speaks plain HTTP
+    weight: int = 1
+    canary: str = ""  # its revision, if it is one that gets a share of its own
 
     @property
     def key(self) -> JobKey:
@@ -214,6 +216,27 @@ class Traffic:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """What a canary, and the rest of its model meanwhile, made of their requests.
+
+    `errors` counts those too for which another replica had to step in.
+    """
+
+    canary: Traffic
+    rest: Traffic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Aborted:
+    """A canary that was given up, and why: until its model has one of another revision."""
+
+    model: str
+    revision: str
+    why: str
+    jobs: tuple[JobKey, ...]  # no others: a model may have more of that revision for its own sake
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
     """What each tenant has had since midnight UTC: prompt and completion tokens."""
 
@@ -240,6 +263,9 @@ class Observation:
     keyring_error: str | None = None
     usage: Usage | None = None
     traffic: Mapping[str, Traffic] | None = None  # by model; one that nobody asked for is not in it
+    trials: Mapping[str, Trial] = field(default_factory=dict)  # "model.revision" of the canary ->
+    external_keys: Mapping[str, str] = field(default_factory=dict)  # a fallback's key file -> id
+    external_errors: Mapping[str, str] = field(default_factory=dict)  # key file -> why not
     log_problems: Mapping[str, str] = field(default_factory=dict)  # gateway -> what went unread
 
 
@@ -357,6 +383,7 @@ class Memory:
     led: frozenset[JobKey] = frozenset()  # whose lead time is among them
     progress: Mapping[JobKey, Progress] = field(default_factory=dict)
     kept: Mapping[str, Recipe] = field(default_factory=dict)  # model -> what was ready last
+    aborted: Mapping[str, Aborted] = field(default_factory=dict)  # model -> its canary
     maintenances: Maintenances | None = None  # while jobs wait for one
     emptied_at: float | None = None  # first look at which all known jobs were gone at once
     booted_at: float | None = None  # the clock that all these times were told by

@@ -6,17 +6,21 @@ log, in any order, add up to those of the whole.
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
 
+from reconciler.naming import REVISION
 from reconciler.spec import Fleet
-from reconciler.state import Traffic, Usage
+from reconciler.state import Traffic, Trial, Usage
 
 # What a model's traffic is told of: short enough to follow a rush, long enough to count something.
 WINDOW_MINUTES = 5
+# What a trial is judged by: long enough for models that few ask.
+TRIAL_MINUTES = 60
 _DAY_S = 86400
 # Bounds of the histogram of times to the first byte: each is this many times the one before.
 _RATIO = 2 ** (1 / 4)
@@ -27,6 +31,7 @@ _NOT_READY = "model_not_ready"
 _NO_REPLICA = frozenset({502, 503, 504})
 # An answer of status 200 that failed all the same.
 _FAILED = frozenset({"abort", "cut", "error"})
+_TRIAL = re.compile(rf"(canary|rest)\.({REVISION})")
 _LONGEST_WORD = 100  # of the spec's names and our codes
 _MOST = 10**12  # of anything in one request: a bad line must not overflow a sum
 
@@ -80,6 +85,8 @@ DayKey = tuple[str, str, str]
 """(UTC day as 2026-11-30, tenant, model); what a request did not name is ""."""
 MinuteKey = tuple[int, str]
 """(minutes since the epoch, model)."""
+TrialKey = tuple[int, str, str, str]
+"""(minutes since the epoch, model, its canary's revision, `canary` or `rest`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +95,7 @@ class Tallies:
 
     days: Mapping[DayKey, Tally] = field(default_factory=dict)
     minutes: Mapping[MinuteKey, Tally] = field(default_factory=dict)
+    trials: Mapping[TrialKey, Tally] = field(default_factory=dict)
     odd_lines: int = 0
 
 
@@ -98,6 +106,8 @@ class _Request:
     at: float
     tenant: str
     model: str
+    trial: re.Match[str] | None  # while a canary is tried: which side it was sent to
+    retried: bool  # the first replica that was asked did not answer
     tally: Tally
 
 
@@ -105,6 +115,7 @@ def tally(lines: bytes) -> Tallies:
     """Return the sums of whole lines. What can't be read is counted, never an error."""
     days: dict[DayKey, list[Tally]] = {}
     minutes: dict[MinuteKey, list[Tally]] = {}
+    trials: dict[TrialKey, list[Tally]] = {}
     odd_lines = 0
     for line in lines.split(b"\n"):
         if not line:
@@ -118,9 +129,15 @@ def tally(lines: bytes) -> Tallies:
         if request.model:
             minute = (int(request.at // 60), request.model)
             minutes.setdefault(minute, []).append(request.tally)
+            if request.trial is not None:
+                side, revision = request.trial.groups()
+                failed = bool(request.tally.errors) or request.retried
+                tried = replace(request.tally, errors=int(failed))
+                trials.setdefault((*minute, revision, side), []).append(tried)
     return Tallies(
         days={key: Tally.total(parts) for key, parts in days.items()},
         minutes={key: Tally.total(parts) for key, parts in minutes.items()},
+        trials={key: Tally.total(parts) for key, parts in trials.items()},
         odd_lines=odd_lines,
     )
 
@@ -132,16 +149,35 @@ def traffic(minutes: Mapping[MinuteKey, Tally], at: float) -> Mapping[str, Traff
     for (minute, model), part in minutes.items():
         if first <= minute:
             parts.setdefault(model, []).append(part)
+    return {model: _traffic(of, WINDOW_MINUTES) for model, of in sorted(parts.items())}
+
+
+def trials(minutes: Mapping[TrialKey, Tally], at: float) -> Mapping[str, Trial]:
+    """Return what each canary, and the rest of its model, did in the last hour before `at`.
+
+    Its keys are `model.revision`.
+    """
+    first = first_minute(at, TRIAL_MINUTES)
+    sides: dict[str, dict[str, list[Tally]]] = {}
+    for (minute, model, revision, side), part in minutes.items():
+        if first <= minute:
+            both = sides.setdefault(f"{model}.{revision}", {"canary": [], "rest": []})
+            both[side].append(part)
     return {
-        model: Traffic(
-            minutes=WINDOW_MINUTES,
-            requests=sums.requests,
-            errors=sums.errors,
-            refused=sums.refused,
-            first_byte_s=sums.percentiles(),
-        )
-        for model, sums in ((model, Tally.total(of)) for model, of in sorted(parts.items()))
+        tried: Trial(**{side: _traffic(parts, TRIAL_MINUTES) for side, parts in both.items()})
+        for tried, both in sorted(sides.items())
     }
+
+
+def _traffic(parts: Sequence[Tally], minutes: int) -> Traffic:
+    sums = Tally.total(parts)
+    return Traffic(
+        minutes=minutes,
+        requests=sums.requests,
+        errors=sums.errors,
+        refused=sums.refused,
+        first_byte_s=sums.percentiles(),
+    )
 
 
 def report(
@@ -194,9 +230,9 @@ def exhausted(fleet: Fleet, usage: Usage | None, running: Iterable[str]) -> tupl
     return tuple(sorted(over))
 
 
-def first_minute(at: float) -> int:
-    """Return the first minute (since the epoch) that traffic at the time `at` tells of."""
-    return int(at // 60) - WINDOW_MINUTES + 1
+def first_minute(at: float, minutes: int = WINDOW_MINUTES) -> int:
+    """Return the first minute (since the epoch) of so many that end with that of `at`."""
+    return int(at // 60) - minutes + 1
 
 
 def day_of(at: float) -> str:
@@ -223,7 +259,12 @@ def _request(line: bytes) -> _Request | None:
         if isinstance(at, bool) or not 0 <= at < 1e11:
             return None
         return _Request(
-            float(at), _word(record, "tenant"), _word(record, "model"), _counted(record)
+            float(at),
+            _word(record, "tenant"),
+            _word(record, "model"),
+            _TRIAL.fullmatch(_word({"trial": "", **record}, "trial")),
+            "," in _word(record, "tries") or ":" in _word(record, "tries"),
+            _counted(record),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

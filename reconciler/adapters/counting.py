@@ -1,22 +1,36 @@
 """What the gateways' logs add up to, in SQLite; called by the store, within its transactions.
 
-A row for each day, tenant and model, and one for each minute and model.
+A row for each day, tenant and model, one for each minute and model, and one for each minute and
+side of a canary's trial.
 """
 
 import json
 import sqlite3
 from collections.abc import Mapping
 
-from reconciler.state import Traffic, Usage
-from reconciler.usage import DayKey, Tallies, Tally, day_of, first_minute, traffic
+from reconciler.state import Traffic, Trial, Usage
+from reconciler.usage import (
+    TRIAL_MINUTES,
+    DayKey,
+    Tallies,
+    Tally,
+    day_of,
+    first_minute,
+    traffic,
+    trials,
+)
 
 # More than a year, so that a month can be compared with that of the year before.
 _DAYS_KEPT = 400
 _MINUTES_KEPT = 60
 _SUMS = ("requests", "errors", "refused", "unfinished", "prompt_tokens", "completion_tokens")
-Counted = tuple[Usage, Mapping[str, Traffic] | None]
-NOTHING: Counted = (Usage(tokens_today={}, complete=False), None)
-_KEYS = {"day": ("day", "tenant", "model"), "minute": ("minute", "model")}
+Counted = tuple[Usage, Mapping[str, Traffic] | None, Mapping[str, Trial]]
+NOTHING: Counted = (Usage(tokens_today={}, complete=False), None, {})
+_KEYS = {
+    "day": ("day", "tenant", "model"),
+    "minute": ("minute", "model"),
+    "trial": ("minute", "model", "revision", "side"),
+}
 
 
 def add(db: sqlite3.Connection, tallies: Tallies) -> None:
@@ -25,13 +39,16 @@ def add(db: sqlite3.Connection, tallies: Tallies) -> None:
         _add(db, "day", day, sums)
     for minute, sums in tallies.minutes.items():
         _add(db, "minute", minute, sums)
+    for trial, sums in tallies.trials.items():
+        _add(db, "trial", trial, sums)
     db.execute("DELETE FROM day WHERE day < date('now', ?)", (f"-{_DAYS_KEPT} days",))
     now = "CAST(strftime('%s', 'now') AS INTEGER) / 60"
-    db.execute(f"DELETE FROM minute WHERE minute < {now} - ?", (_MINUTES_KEPT,))  # noqa: S608
+    for table in ("minute", "trial"):
+        db.execute(f"DELETE FROM {table} WHERE minute < {now} - ?", (_MINUTES_KEPT,))  # noqa: S608
 
 
 def usage(db: sqlite3.Connection, at: float, gateways: frozenset[str]) -> Counted:
-    """Return today's tokens by tenant, and each model's traffic, as of the time `at`."""
+    """Return today's tokens by tenant, each model's traffic and each trial, as of the time `at`."""
     if not _exists(db):
         return NOTHING
     read = dict(db.execute("SELECT gateway, ended FROM log_read"))
@@ -45,8 +62,14 @@ def usage(db: sqlite3.Connection, at: float, gateways: frozenset[str]) -> Counte
     tokens = {str(tenant): int(count) for tenant, count in spent if tenant}
     rows = _select(db, "minute", "minute >= ?", (first_minute(at),))
     minutes = {(int(minute), str(model)): tally for (minute, model), tally in rows.items()}
+    since = first_minute(at, TRIAL_MINUTES)
+    rows = _select(db, "trial", "minute >= ?", (since,)) if _exists(db, "trial") else {}
+    tried = {
+        (int(minute), str(model), str(revision), str(side)): tally
+        for (minute, model, revision, side), tally in rows.items()
+    }
     known = Usage(tokens_today=tokens, complete=all(read.get(name) for name in gateways))
-    return known, traffic(minutes, at)
+    return known, traffic(minutes, at), trials(tried, at)
 
 
 def days(db: sqlite3.Connection, first: str, last: str) -> Mapping[DayKey, Tally]:
@@ -57,9 +80,9 @@ def days(db: sqlite3.Connection, first: str, last: str) -> Mapping[DayKey, Tally
     }
 
 
-def _exists(db: sqlite3.Connection) -> bool:
-    """Whether the tables are there; a file of an earlier version is migrated by who writes."""
-    return bool(db.execute("SELECT 1 FROM sqlite_master WHERE name = 'log_read'").fetchone())
+def _exists(db: sqlite3.Connection, table: str = "log_read") -> bool:
+    """Whether a table is there; a file of an earlier version is migrated by who writes."""
+    return bool(db.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchone())
 
 
 def _add(db: sqlite3.Connection, table: str, key: tuple[str | int, ...], tally: Tally) -> None:

@@ -18,6 +18,7 @@ from reconciler.state import (
     Memory,
     Probe,
     Traffic,
+    Trial,
     Trust,
     Usage,
 )
@@ -117,8 +118,17 @@ class Secrets(Protocol):
     def issue(self, model: str, walltime_s: float) -> Credentials:
         """Return what a job of the model needs, valid for its walltime; make what is missing."""
 
-    def gateway_files(self, trust: Trust) -> Mapping[str, str]:
-        """Return the secret files, by name, of a gateway that is to have this key and authority."""
+    def external_keys(self, files: Iterable[str]) -> tuple[Mapping[str, str], Mapping[str, str]]:
+        """Return the id of the key in each of these files, and one line for each that has none.
+
+        Raises nothing: without one of them there is one model that has no fallback.
+        """
+
+    def gateway_files(self, trust: Trust | None, external: Mapping[str, str]) -> Mapping[str, str]:
+        """Return the secret files, by name, of a gateway that is to have this key and authority.
+
+        `external` names the file with the key of each model's fallback.
+        """
 
 
 class Result(StrEnum):
@@ -158,7 +168,7 @@ class Store(Protocol):
 
     def usage(
         self, at: float, gateways: frozenset[str]
-    ) -> tuple[Usage, Mapping[str, Traffic] | None]:
+    ) -> tuple[Usage, Mapping[str, Traffic] | None, Mapping[str, Trial]]:
         """Return what of these gateways' logs is counted, as of the time `at`.
 
         Without any log read there is no traffic to tell of: None. Raises StateFailed.

@@ -16,7 +16,7 @@ import secrets
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +38,8 @@ _LEAST_LEFT_S = 90 * _DAY_S
 _LASTS_BEYOND_S = 365 * _DAY_S
 
 _KEY_NAME = re.compile(r"([0-9]{1,12})\.([0-9a-f]{8})")
+# What can stand in NGINX's quotes, and in a header.
+_EXTERNAL_KEY = re.compile(r"[A-Za-z0-9._~+/=:-]{1,1000}")
 _CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----\n.*?-----END CERTIFICATE-----\n", re.DOTALL)
 
 
@@ -105,12 +107,28 @@ class FileSecrets:
             ids = tuple(key.id for key in self.backend_keys())
             return Credentials(folder=str(self._folder), keys=ids)
 
-    def gateway_files(self, trust: Trust) -> Mapping[str, str]:
-        """Return the secret files of a gateway that shows that key and believes that authority."""
+    def external_keys(self, files: Iterable[str]) -> tuple[Mapping[str, str], Mapping[str, str]]:
+        """Return the id of the key in each of these files, and one line for each that has none."""
+        ids, errors = {}, {}
+        for file in files:
+            try:
+                ids[file] = _key_id(_external_key(file))
+            except SecretsFailed as error:
+                errors[file] = str(error)
+        return ids, errors
+
+    def gateway_files(self, trust: Trust | None, external: Mapping[str, str]) -> Mapping[str, str]:
+        """Return the secret files of a gateway that shows that key and believes that authority.
+
+        `external` names the file with the key of each model's fallback.
+        """
+        texts = {model: _external_key(file) for model, file in external.items()}
+        if trust is None:
+            return {KEY_FILE: key_file(None, texts)} if texts else {}
         keys = {key.id: key.text for key in self.backend_keys()}
         if trust.key not in keys or trust.authority != self.keyring().authority:
             raise SecretsFailed("keys or authority have changed meanwhile: looking again")
-        return {KEY_FILE: key_file(keys[trust.key]), AUTHORITY_FILE: self.authority()}
+        return {KEY_FILE: key_file(keys[trust.key], texts), AUTHORITY_FILE: self.authority()}
 
     def add_key(self) -> str:
         """Add a key that is newer than all others; return its id."""
@@ -170,6 +188,15 @@ class FileSecrets:
         _replace(
             file, certificates.new_certificate(authority, tls_name(self._fleet, model), lasts_s)
         )
+
+
+def _external_key(file: str) -> str:
+    """Return the key that somebody else has given us. Raises SecretsFailed."""
+    with _explained():
+        text = _read(_check(Path(file), stat.S_IFREG)).strip()
+    if not _EXTERNAL_KEY.fullmatch(text):
+        raise SecretsFailed(f"{file} must hold one key: letters, digits and any of -._~+/=: alone")
+    return text
 
 
 def _key_id(text: str) -> str:

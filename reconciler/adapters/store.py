@@ -48,6 +48,12 @@ _MIGRATIONS: Sequence[Sequence[str]] = (
         " refused INTEGER, unfinished INTEGER, prompt_tokens INTEGER, completion_tokens INTEGER,"
         " first_bytes TEXT, PRIMARY KEY (minute, model)) WITHOUT ROWID",
     ),
+    (
+        "CREATE TABLE trial (minute INTEGER, model TEXT, revision TEXT, side TEXT,"
+        " requests INTEGER, errors INTEGER, refused INTEGER, unfinished INTEGER,"
+        " prompt_tokens INTEGER, completion_tokens INTEGER, first_bytes TEXT,"
+        " PRIMARY KEY (minute, model, revision, side)) WITHOUT ROWID",
+    ),
 )
 _COLUMNS = ("id", "at", "kind", "subject", "job_id", "reason", "action", "result", "detail")
 # Weeks of a busy fleet, and a few megabytes.

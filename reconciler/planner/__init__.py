@@ -82,6 +82,7 @@ def plan(
         ),
         gpus_held=seen.gpus_held,
         gpus_budget=fleet.budget.gpus,
+        aborted=tuple(seen.aborted.values()),
     )
 
 
@@ -168,24 +169,29 @@ def _targets(seen: Seen, leaving: Mapping[JobKey, Reason]) -> list[Target]:
     """Return who gets requests: who is ready and stays, and as it was who can't be judged.
 
     Silence alone does not take a model's last replicas away: a busy engine, or our own network, is
-    more likely than its end, and without them each request fails.
+    more likely than its end, and without them each request fails. So it is with a canary that was
+    given up.
     """
-    targets, silent = [], []
+    targets: list[Target] = []
+    silent: list[Target] = []
+    canaries = _canaries(seen)
+    given_up = {key for one in seen.aborted.values() for key in one.jobs}
     routed = {target.job_id: target for target in seen.routed.values()}
     for job in seen.live:
         if job.key in leaving:
             continue
         status = seen.status(job)
         if status is Status.READY and job.run is not None:
-            targets.append(
-                Target(
-                    model=job.name.model,
-                    job_id=job.id,
-                    submitted_at=job.submitted_at,
-                    address=job.run.address,
-                    keys=job.comment.keys if job.comment is not None else (),
-                )
+            target = Target(
+                model=job.name.model,
+                job_id=job.id,
+                submitted_at=job.submitted_at,
+                address=job.run.address,
+                keys=job.comment.keys if job.comment is not None else (),
+                weight=seen.weight(job),
+                canary=canaries.get(job.key, ""),
             )
+            (silent if job.key in given_up else targets).append(target)
         elif status is Status.UNKNOWN and job.id in routed:
             targets.append(routed[job.id])  # by its id: its submit time may be what is unreadable
         elif status is Status.SILENT and seen.is_routed_where_it_is(job):
@@ -194,18 +200,45 @@ def _targets(seen: Seen, leaving: Mapping[JobKey, Reason]) -> list[Target]:
     return targets + [target for target in silent if target.model not in served]
 
 
+def _canaries(seen: Seen) -> Mapping[JobKey, str]:
+    """Return the jobs whose share of the requests is their own, each with its revision."""
+    return {
+        job.key: job.name.revision
+        for model in seen.fleet.models
+        if model.canary is not None and model.canary.share is not None
+        for job in seen.canary_jobs(model.name)
+    }
+
+
+def _external(fleet: Fleet, seen: Seen) -> tuple[Mapping[str, str], list[Note]]:
+    """Return the id of the key for each model whose fallback may be asked; notes for the others."""
+    keys, errors = seen.observation.external_keys, seen.observation.external_errors
+    ids, notes = {}, []
+    for model in fleet.models:
+        if model.fallback is None:
+            continue
+        if model.fallback.key_file in keys:
+            ids[model.name] = keys[model.fallback.key_file]
+        else:
+            text = f"no fallback: {errors.get(model.fallback.key_file, 'its key was not read')}"
+            notes.append(Note(kind=NoteKind.FALLBACK, subject=model.name, text=text))
+    return ids, notes
+
+
 def _route(fleet: Fleet, seen: Seen, targets: list[Target]) -> tuple[list[Action], list[Note]]:
     """Return the change for every gateway that runs something else; notes for the unreachable."""
     trust, targets = _trusted(seen, targets)
     views = seen.observation.gateways
     running = {name for view in views for name in view.exhausted}
     spent = exhausted(fleet, seen.observation.usage, running)
-    wanted = render_gateway(fleet, targets, trust, spent).generation
+    external, external_notes = _external(fleet, seen)
+    wanted = render_gateway(fleet, targets, trust, spent, external).generation
     notes = [
         Note(kind=NoteKind.GATEWAY, subject=view.name, text=view.error)
         for view in views
         if view.error is not None
-    ] + [quota_note(name, fleet, seen.observation) for name in spent]
+    ]
+    notes += [quota_note(name, fleet, seen.observation) for name in spent] + external_notes
     behind = [view for view in views if view.error is None and view.generation != wanted]
     if not behind:
         return [], notes
@@ -220,6 +253,7 @@ def _route(fleet: Fleet, seen: Seen, targets: list[Target]) -> tuple[list[Action
             removed=tuple(sorted(before - after)),
             trust=trust,
             exhausted=spent,
+            external=tuple(external.items()),
         )
     ], notes
 

@@ -19,6 +19,7 @@ from reconciler.planner.views import model_view
 from reconciler.rollover import MARGIN_S, last_moment, staggered
 from reconciler.spec import Model, parse_duration
 from reconciler.state import (
+    Aborted,
     Cause,
     Job,
     JobKey,
@@ -49,12 +50,32 @@ def decide(model: Model, seen: Seen) -> Part:
     if alone is not None:
         return Part(notes=(alone,), view=model_view(model, seen))
     parts = [_decide(case) for case in _cases(model, seen)][::-1]  # the model before its canary
+    if model.name in seen.aborted:
+        parts.append(_given_up(seen.aborted[model.name], parts[0], seen))
     return Part(
         leaving=tuple(pair for part in parts for pair in part.leaving),
         submits=tuple(submit for part in parts for submit in part.submits),
         notes=tuple(note for part in parts for note in part.notes),
         view=model_view(model, seen),
     )
+
+
+def _given_up(aborted: Aborted, model: Part, seen: Seen) -> Part:
+    """Let go of a canary that was given up, but for what alone serves where anybody should."""
+    [(plain, _)] = seen.variants[aborted.model]
+    going = {*aborted.jobs, *(job.key for job, _ in model.leaving)}
+    jobs = seen.jobs_of(aborted.model)
+    others = [job for job in jobs if job.key not in going]
+    served = plain.replicas == 0 or any(seen.status(job) is Status.READY for job in others)
+    stays = {Status.UNKNOWN, Status.ENDING} | (set() if served else {Status.READY, Status.SILENT})
+    leaving = [
+        (job, Reason.ABORTED)
+        for job in jobs
+        if job.key in aborted.jobs and seen.status(job) not in stays
+    ]
+    text = f"canary {aborted.revision} is given up: {aborted.why}; change it or remove it"
+    note = Note(kind=NoteKind.ABORTED, subject=aborted.model, text=text)
+    return Part(leaving=tuple(leaving), notes=(note,))
 
 
 def left_alone(model: str, suspended: bool, seen: Seen) -> Note | None:
@@ -118,28 +139,14 @@ def _cases(model: Model, seen: Seen) -> Iterator[_Case]:
     jobs = seen.jobs_of(model.name)
     (plain, wanted), *canaries = seen.variants[model.name]
     rest = {job.key for job in jobs}
+    if model.name in seen.aborted:
+        rest -= {*seen.aborted[model.name].jobs}
     for canary, revision in canaries:
-        own = _canarys(canary, [job for job in jobs if job.name.revision == revision], seen)
+        own = seen.canary_jobs(model.name)
         rest -= {job.key for job in own}
         yield _case(canary, revision or "", own, None, seen, canary=True)
     own = [job for job in jobs if job.key in rest]
     yield _case(plain, wanted or "", own, seen.fallback(model, wanted or ""), seen)
-
-
-def _canarys(canary: Model, jobs: Sequence[Job], seen: Seen) -> list[Job]:
-    """Return which jobs of a canary's revision are the canary, with what is to succeed them.
-
-    What has become the canary by an edit may serve in greater numbers: more than are wanted of it
-    are stale replicas of the model, which leave when others serve in their place. One of which
-    nothing is known holds its place first, as it is never touched.
-    """
-    # Nor may what succeeds one whose keys differ be taken for a replica too many.
-    differing = frozenset(job.key for job in jobs if seen.keys_differ(job) is not None)
-    expiring = seen.due(canary, jobs) | differing
-    best = sorted(jobs, key=lambda job: (not seen.is_unknown(job), -progress(job, seen), job.name))
-    lasting = [job for job in best if job.key not in expiring]
-    leaving = [job for job in best if job.key in expiring]
-    return lasting[: canary.replicas] + leaving[: canary.replicas]
 
 
 def _case(

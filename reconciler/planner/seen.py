@@ -1,12 +1,13 @@
 """The observation, classified once: what each job is doing, and what each fact means for it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from reconciler.failures import quarantined
 from reconciler.plan import Status
 from reconciler.rollover import MARGIN_S, due, last_moment
 from reconciler.spec import Access, Fleet, Model
 from reconciler.state import (
+    Aborted,
     DrainClock,
     Health,
     Job,
@@ -19,6 +20,7 @@ from reconciler.state import (
     Recipe,
     Target,
 )
+from reconciler.trials import verdict
 
 # Two looks without an answer and a replica leaves the upstreams; it takes more to replace it.
 MISSES_TO_DEROUTE = 2
@@ -66,10 +68,39 @@ class Seen:
         for job in self.live:
             self._jobs_of.setdefault(job.name.model, []).append(job)
         self.gpus_held = sum(self._gpus(job) for job in self.live)
+        self.aborted = {one.model: one for one in self._aborted()}
+        # What was given up is wanted no more, as if its block were gone.
+        for name in self.aborted:
+            self.variants[name] = self.variants[name][:1]
 
     def jobs_of(self, model: str) -> Sequence[Job]:
         """Return the live jobs that bear a model's name, of any revision."""
         return self._jobs_of.get(model, ())
+
+    def canary_jobs(self, model: str) -> Sequence[Job]:
+        """Return which live jobs are a model's canary, with what is to succeed them.
+
+        What has become the canary by an edit may serve in greater numbers: more than are wanted of
+        it are stale replicas of the model, which leave when others serve in their place. One of
+        which nothing is known holds its place first, as it is never touched.
+        """
+        return [
+            job
+            for canary, revision in self.variants[model][1:]
+            for job in self._canarys(canary, revision)
+        ]
+
+    def _canarys(self, canary: Model, revision: str | None) -> Sequence[Job]:
+        jobs = [job for job in self.jobs_of(canary.name) if job.name.revision == revision]
+        # Nor may what succeeds one whose keys differ be taken for a replica too many.
+        differing = frozenset(job.key for job in jobs if self.keys_differ(job) is not None)
+        expiring = self.due(canary, jobs) | differing
+        best = sorted(
+            jobs, key=lambda job: (not self.is_unknown(job), -progress(job, self), job.name)
+        )
+        lasting = [job for job in best if job.key not in expiring]
+        leaving = [job for job in best if job.key in expiring]
+        return lasting[: canary.replicas] + leaving[: canary.replicas]
 
     def status(self, job: Job) -> Status:
         return self.statuses[job.key]
@@ -106,6 +137,17 @@ class Seen:
         failures = self.memory.failures.get(f"{model.name}.{revision}")
         failing = failures is not None and failures.count > 0
         return kept if failing and kept is not None and kept.revision != revision else None
+
+    def weight(self, job: Job) -> int:
+        """Return how much of its model's requests a job is to get: by its own revision's spec."""
+        name, revision = job.name.model, job.name.revision
+        for variant, one in self.variants.get(name, ()):
+            if one == revision:
+                return variant.weight
+        kept = self.memory.kept.get(name)
+        if kept is not None and kept.revision == revision:
+            return kept.model.weight
+        return self.models[name].weight if name in self.models else 1
 
     def keys_differ(self, job: Job) -> str | None:
         """Return why a job's keys make it stale although its revision is wanted, None if not."""
@@ -151,6 +193,22 @@ class Seen:
         serves = self.status(job) in (Status.READY, Status.SILENT)
         views = self.observation.gateways
         return serves and (self.is_routed(job) or any(view.error for view in views))
+
+    def _aborted(self) -> Iterator[Aborted]:
+        """Yield the canaries that are given up: by an earlier word, or by their trial now."""
+        for name, variants in self.variants.items():
+            canary = self.models[name].canary
+            if canary is None:
+                continue
+            revision, before = variants[1][1], self.memory.aborted.get(name)
+            trial = self.observation.trials.get(f"{name}.{revision}")
+            if before is not None and revision in (before.revision, None):
+                yield before  # also while it can't be read which revision is wanted
+            elif revision is not None and canary.share is not None and trial is not None:
+                why = verdict(trial, canary.abort)
+                if why is not None:
+                    jobs = tuple(job.key for job in self.canary_jobs(name))
+                    yield Aborted(model=name, revision=revision, why=why, jobs=jobs)
 
     def _observer_suspect(self) -> bool:
         """Most routed replicas silent at once: suspect the network here, not the fleet."""

@@ -35,7 +35,7 @@ def model_view(model: Model, seen: Seen) -> ModelView:
         name=model.name,
         revision=revision,
         canary=canary[0][1] if canary else None,
-        wanted=sum(variant.replicas for variant in model.variants),
+        wanted=sum(variant.replicas for variant, _ in seen.variants[model.name]),
         ready=sum(1 for job in seen.jobs_of(model.name) if seen.status(job) is Status.READY),
         traffic=_traffic(model, seen.observation),
     )

@@ -2,7 +2,9 @@
 
 from collections import Counter
 
+from tests.e2e.checks import lost, running, under
 from tests.lab.fleet import Fleet
+from tests.lab.load import Client
 from tests.lab.wait import wait_for
 
 
@@ -52,6 +54,23 @@ def test_canary_is_tried_beside_its_model_and_promoted(fleet: Fleet) -> None:
     promoted = _applied(fleet)
     assert canary in promoted
     assert not promoted & before
+
+
+def test_canary_that_does_worse_is_given_up_by_itself(fleet: Fleet) -> None:
+    """It refuses requests that the model takes: the log tells, and nobody has to."""
+    fleet.edit('STANDIN_TOKENS_PER_S: "50"', 'STANDIN_TOKENS_PER_S: "1000"')
+    before = _applied(fleet)
+    canary = "canary: {share: 50, abort: {requests: 20}, args: {max-model-len: 64}}"
+    fleet.edit("    replicas: 2", f"    {canary}\n    replicas: 2")
+    [tried] = _applied(fleet) - before
+    clients = [Client(url=fleet.url, how="raw", tokens=100) for _ in range(4)]
+    with running(fleet):
+        asked = under(clients, lambda: wait_for("its end", lambda: tried not in _live(fleet)))
+        assert {request.status for request in asked} == {200, 400}
+        assert lost(under(clients, lambda: None, at_least=100)) == []
+    assert _routed(fleet) == _live(fleet) == before
+    assert "is given up: " in fleet.run("explain", "tiny")
+    assert "aborted" in fleet.run("events")
 
 
 def test_paused_model_is_left_alone_until_it_is_resumed(fleet: Fleet) -> None:

@@ -5,14 +5,15 @@ import re
 import socket
 import subprocess
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 
 from reconciler.adapters.nginx import _tar
-from reconciler.routes import STATUS_ADDRESS, render_gateway
+from reconciler.routes import KEY_FILE, STATUS_ADDRESS, key_file, render_gateway
 from reconciler.spec import Fleet
 from reconciler.state import Target
 from tests.lab.base import base, cache, enter
@@ -35,14 +36,14 @@ class Nginx:
     """One running NGINX; `change` gives it a fleet's files by the product's own script."""
 
     def __init__(self, folder: Path, process: "subprocess.Popen[bytes]") -> None:
-        self._folder = folder
+        self.folder = folder
         self._process = process
         self._status = f"127.0.0.1:{free_port()}"
         self._workers: list[int] = []
 
     def read(self, name: str) -> str:
         """Return a file of its folder."""
-        return (self._folder / name).read_text(errors="replace")
+        return (self.folder / name).read_text(errors="replace")
 
     @property
     def log(self) -> str:
@@ -64,12 +65,21 @@ class Nginx:
         return self._workers == _children(self.master) and not self.faults
 
     def change(
-        self, fleet: Fleet, targets: Sequence[Target], exhausted: Collection[str] = ()
+        self,
+        fleet: Fleet,
+        targets: Sequence[Target],
+        exhausted: Collection[str] = (),
+        external: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """Test, swap and reload as `fleet` does; return when the new configuration answers."""
-        made = render_gateway(fleet, targets, exhausted=exhausted)
+        """Test, swap and reload as `fleet` does; return when the new configuration answers.
+
+        `external` has the key of each model's fallback.
+        """
+        ids = dict.fromkeys(external, "0" * 8)
+        made = render_gateway(fleet, targets, exhausted=exhausted, external=ids)
         conf = made.files["fleet.conf"].replace(STATUS_ADDRESS, self._status)
-        made = replace(made, files={**made.files, "fleet.conf": conf})
+        secrets = {KEY_FILE: key_file(None, external)} if external else {}
+        made = replace(made, files={**made.files, "fleet.conf": conf}, secrets=secrets)
         old = set(_children(self.master))
         argv = ["sh", "-c", CHANGE, "gateway", FOLDER, self._status, "change", made.generation]
         said = self.inside(argv, stdin=_tar(made)).stdout.decode()

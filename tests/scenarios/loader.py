@@ -12,6 +12,10 @@
      "keys": ["aaaaaaaa", "bbbbbbbb"],   that there are; or "keys_error": "why that is not known"
      "usage": {"tokens": {"alice": 99}, "complete": true},   counted today; null: not known
      "log_problems": {"gateway": "why its log is not counted"},
+     "trials": {"chat": {"canary": [200, 20, 0.5], "rest": [900, 3, 0.4]}},
+                                    requests, failed ones, median time to the first byte
+     "external_keys": {"/etc/chat.key": "0a1b2c3d"},   a fallback's key file and its id; or
+     "external_errors": {"/etc/chat.key": "why there is none"},
      "memory": MEMORY,              of the cycle before; by default nothing
      "allow_destroy": ["model"],
      "pauses": [{"model": "chat", "reason": "why", "by": "who", "until": "+2h"}]}
@@ -41,6 +45,7 @@
                                                "at": "-5s"}]}},   of the current revision
              "leads": {"chat": [300]}, "progress": {"11": {"tokens": 5, "since": "-3m"}},
              "kept": {"chat": {"seed": 1}},   the arguments of the revision that was ready last
+             "aborted": {"chat": {"revision": "canary", "why": "why", "jobs": [13]}},
              "emptied": "-2s"}
 
 Everything but `about` has a default. A time is `-5m` or `+2h` from the look, in s, m, h or d.
@@ -60,6 +65,7 @@ from reconciler.planner import plan
 from reconciler.render import plan_text
 from reconciler.spec import Fleet, load_fleet
 from reconciler.state import (
+    Aborted,
     Cause,
     DrainClock,
     Failure,
@@ -76,6 +82,8 @@ from reconciler.state import (
     Progress,
     Recipe,
     Target,
+    Traffic,
+    Trial,
     Usage,
 )
 from tests.unit.build import KEYS, RING, rendered
@@ -130,6 +138,7 @@ def load(folder: Path) -> Scenario:
         *("about", "jobs", "jobs_error", "odd_lines", "nodes", "gateways", "image_errors"),
         "maintenances",
         *("memory", "allow_destroy", "pauses", "keys", "keys_error", "usage", "log_problems"),
+        *("trials", "external_keys", "external_errors"),
     )
     memory = record.get("memory", {})
     kept = {name: _recipe(fleet, name, args) for name, args in memory.get("kept", {}).items()}
@@ -154,13 +163,19 @@ def load(folder: Path) -> Scenario:
             nodes={f"node{at}": "idle" for at in range(1, 10)} | record.get("nodes", {}),
             maintenances=_begins(record.get("maintenances")),
             probes=probes,
-            gateways=_gateways(fleet, jobs, record.get("gateways")),
+            gateways=_gateways(fleet, jobs, record),
             image_digests={name: DIGEST for name in fleet.images if name not in errors},
             image_errors=errors,
             keyring=None if "keys_error" in record else _keyring(record),
             keyring_error=record.get("keys_error"),
             usage=_usage(record.get("usage")),
             log_problems=record.get("log_problems", {}),
+            trials={
+                f"{name}.{_canary(fleet, name)}": Trial(**{k: _side(v) for k, v in one.items()})
+                for name, one in record.get("trials", {}).items()
+            },
+            external_keys=record.get("external_keys", {}),
+            external_errors=record.get("external_errors", {}),
         ),
         memory=replace(_memory(fleet, jobs, memory), kept=kept),
         allow_destroy=frozenset(record.get("allow_destroy", ())),
@@ -197,6 +212,20 @@ def _moment(text: str) -> float:
 def _revision(fleet: Fleet, model: str) -> str:
     found = fleet.model(model)
     return OLD if found is None else found.revision(DIGEST)
+
+
+def _canary(fleet: Fleet, model: str) -> str:
+    found = fleet.model(model)
+    assert found is not None
+    return found.variants[-1].revision(DIGEST)
+
+
+def _side(record: list[float]) -> Traffic:
+    requests, errors, median = record
+    times = (median, 2 * median, 3 * median)
+    return Traffic(
+        minutes=60, requests=int(requests), errors=int(errors), refused=0, first_byte_s=times
+    )
 
 
 def _begins(times: list[str] | None) -> tuple[float, ...] | None:
@@ -306,26 +335,31 @@ def _probe(record: Record | str) -> Probe:
     )
 
 
-def _gateways(
-    fleet: Fleet, jobs: tuple[Job, ...], records: list[Record] | None
-) -> tuple[GatewayView, ...]:
-    if records is None:
-        records = [{"name": host.name} for host in fleet.gateway.hosts]
-    return tuple(_gateway(fleet, jobs, record) for record in records)
+def _gateways(fleet: Fleet, jobs: tuple[Job, ...], look: Record) -> tuple[GatewayView, ...]:
+    ids = look.get("external_keys", {})
+    external = {
+        model.name: ids[model.fallback.key_file]
+        for model in fleet.models
+        if model.fallback is not None and model.fallback.key_file in ids
+    }
+    records = look.get("gateways") or [{"name": host.name} for host in fleet.gateway.hosts]
+    return tuple(_gateway(fleet, jobs, record, external) for record in records)
 
 
-def _gateway(fleet: Fleet, jobs: tuple[Job, ...], record: Record) -> GatewayView:
+def _gateway(
+    fleet: Fleet, jobs: tuple[Job, ...], record: Record, external: Mapping[str, str]
+) -> GatewayView:
     known(record, "name", "routes", "exhausted", "outdated", "old_workers", "error")
     if record.get("error") is not None:
         return GatewayView(name=record["name"], error=record["error"])
     ready = [job.id for job in jobs if job.run is not None and job.run.ready_at is not None]
     by_id = {job.id: job for job in jobs}
     targets = [
-        _gone(route) if isinstance(route, dict) else _target(by_id[route])
+        _gone(route) if isinstance(route, dict) else _target(fleet, by_id[route])
         for route in record.get("routes", ready)
     ]
     exhausted = tuple(record.get("exhausted", ()))
-    files = rendered(fleet, targets, exhausted=exhausted)
+    files = rendered(fleet, targets, exhausted=exhausted, external=external)
     return GatewayView(
         name=record["name"],
         generation="outdated" if record.get("outdated") else files.generation,
@@ -335,8 +369,11 @@ def _gateway(fleet: Fleet, jobs: tuple[Job, ...], record: Record) -> GatewayView
     )
 
 
-def _target(job: Job) -> Target:
+def _target(fleet: Fleet, job: Job) -> Target:
     run = job.comment.run if job.comment else None
+    model = fleet.model(job.name.model)
+    tried = model is not None and model.canary is not None and model.canary.share is not None
+    canary = tried and job.name.revision == _canary(fleet, job.name.model)
     address = run.address if run else f"10.0.0.{job.id}:20000"
     return Target(
         model=job.name.model,
@@ -344,6 +381,7 @@ def _target(job: Job) -> Target:
         submitted_at=job.submitted_at,
         address=address,
         keys=job.comment.keys if job.comment else KEYS,
+        canary=job.name.revision if canary else "",
     )
 
 
@@ -359,7 +397,7 @@ def _gone(record: Record) -> Target:
 
 
 def _memory(fleet: Fleet, jobs: tuple[Job, ...], record: Record) -> Memory:
-    known(record, "misses", "drains", "failures", "leads", "progress", "kept", "emptied")
+    known(record, "misses", "drains", "failures", "leads", "progress", "kept", "emptied", "aborted")
     by_id = {str(job.id): job.key for job in jobs}
 
     def key(id: str) -> JobKey:
@@ -376,6 +414,15 @@ def _memory(fleet: Fleet, jobs: tuple[Job, ...], record: Record) -> Memory:
         progress={
             key(id): Progress(tokens=one["tokens"], since=_moment(one["since"]))
             for id, one in record.get("progress", {}).items()
+        },
+        aborted={
+            name: Aborted(
+                model=name,
+                revision={"canary": _canary(fleet, name)}.get(one["revision"], one["revision"]),
+                why=one["why"],
+                jobs=tuple(key(str(id)) for id in one["jobs"]),
+            )
+            for name, one in record.get("aborted", {}).items()
         },
         emptied_at=moment(record.get("emptied")),
     )

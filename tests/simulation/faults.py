@@ -14,7 +14,7 @@ from reconciler.adapters.secrets import FEWEST_KEYS, MOST_KEYS
 from reconciler.naming import parse_comment
 from tests.simulation.cluster import FLEET, USER, SimJob
 from tests.simulation.gateways import SimGateway
-from tests.simulation.specs import BAD, CANARY, NAMES, Spec, Wanted
+from tests.simulation.specs import BAD, CANARY, NAMES, SHARES, Spec, Wanted
 from tests.simulation.world import MOST_SKEW_S, SimWorld
 
 T = TypeVar("T")
@@ -402,8 +402,9 @@ def _pause(wanted: Wanted, _amount: int) -> None:
     wanted.paused = not wanted.paused
 
 
-def _canary(wanted: Wanted, _amount: int) -> None:
+def _canary(wanted: Wanted, amount: int) -> None:
     wanted.canary = not wanted.canary
+    wanted.share = SHARES[amount % len(SHARES)]
 
 
 def _promote(wanted: Wanted, _amount: int) -> None:

@@ -175,6 +175,7 @@ class Invariants(Watch):
         if canary:
             # What was ready last may have become the canary: then it stands in for the model too.
             tried = sum(variant.replicas for variant in model.variants[1:])
+            tried = 0 if self._gave_up(model) else tried
             most = tried if not self._stands_in(new.name) else most + tried
         if len(names) > most:
             self._fail(2, f"{len(names)} replicas of {model_name}, {most} at most are wanted")
@@ -185,6 +186,11 @@ class Invariants(Watch):
         memory = self._world.unsaved or self._world.memory
         kept = memory.kept.get(model)
         return kept is not None and kept.revision == revision
+
+    def _gave_up(self, model: Model) -> bool:
+        """Whether the plan has given the model's canary up."""
+        aborted = self._plan.aborted if self._plan is not None else ()
+        return any(one.model == model.name for one in aborted)
 
     def _canaries(self, model: Model) -> set[str]:
         """The revision of a model's canary, if it has one, by the images as this cycle saw them."""
@@ -253,12 +259,12 @@ class Invariants(Watch):
             ),
             None,
         )
-        if reason not in (Reason.STALE, Reason.EXPIRING):
+        if reason not in (Reason.STALE, Reason.EXPIRING, Reason.ABORTED):
             return
         if reason is Reason.EXPIRING and self._ends_soon(job):
             return
         canaries = self._canaries(model)
-        canary = ref.name.revision in canaries
+        canary = ref.name.revision in canaries and not self._gave_up(model)
         ready = sum(
             view.name.model == model.name
             and view.status is Status.READY
@@ -266,7 +272,9 @@ class Invariants(Watch):
             for view in self._plan.replicas
         )
         needed = model.replicas - self._fleet.defaults.rollout.max_unavailable
-        if canary:
+        if reason is Reason.ABORTED:
+            needed = min(1, model.replicas)
+        elif canary:
             needed = sum(variant.replicas for variant in model.variants[1:])
         if ready >= needed or (self._clock_is_ahead(reason) and self.excused("clock")):
             return
@@ -333,16 +341,19 @@ class Invariants(Watch):
             return
         # A job that has moved is not at the address that is routed: that route goes.
         here = {job.key: address for address, job in self._world.cluster.engines.items()}
+        # What the log says against a canary is no matter of probes.
+        given_up = {key for one in plan.aborted for key in one.jobs}
         keep = {
-            target
+            (target.key, target.address)
             for view in cycle.views
             for target in view.targets
             if target.key in silent
             and target.job_id not in self._leaving
+            and target.key not in given_up
             and here.get(target.key) == target.address
         }
         for action in plan.actions:
-            if isinstance(action, Route) and keep - set(action.targets):
+            if isinstance(action, Route) and keep - {(t.key, t.address) for t in action.targets}:
                 self._fail(1, "no probe gets out, and that is taken for the fleet's fault")
 
     def _owns_all(self, plan: Plan) -> None:

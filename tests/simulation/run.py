@@ -5,7 +5,7 @@ any more, the fleet becomes what the spec says within a bound, and stays so.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -328,7 +328,10 @@ class Simulation:
             return "no plan at all"
         if not plan.converged:
             return _difference(plan)
-        wanted = sum(one.most for one in self.spec.models.values())
+        wanted = sum(view.wanted for view in plan.models)
+        most = sum(one.most for one in self.spec.models.values()) - len(plan.aborted)
+        if wanted != most:
+            return f"{wanted} replicas are wanted by the plan, {most} by the spec"
         ours = [job for job in self.world.cluster.ours if job.state != "COMPLETING"]
         sick = [job.name for job in ours if not job.serves]
         if sick:
@@ -426,7 +429,9 @@ def harness(simulation: Simulation) -> Iterator[None]:
         targets: Iterable[Target],
         trust: Trust | None = None,
         exhausted: Collection[str] = (),
+        external: Mapping[str, str] | None = None,
     ) -> GatewayFiles:
+        assert not external
         key = (id(fleet), tuple(sorted(targets)), trust, tuple(exhausted))
         if key not in rendered:
             kept.append(fleet)

@@ -3,7 +3,7 @@
 tests/unit/test_secrets.py holds the same tests for both.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from reconciler.adapters.secrets import FEWEST_KEYS
@@ -32,7 +32,12 @@ class MemorySecrets:
             self.add_key()
         return Credentials(folder=self.folder, keys=tuple(self.ids))
 
-    def gateway_files(self, trust: Trust) -> Mapping[str, str]:
+    def external_keys(self, files: Iterable[str]) -> tuple[Mapping[str, str], Mapping[str, str]]:
+        return {}, {file: f"{file}: No such file or directory" for file in files}
+
+    def gateway_files(self, trust: Trust | None, external: Mapping[str, str]) -> Mapping[str, str]:
+        assert trust is not None
+        assert not external
         if trust.key not in self.ids or trust.authority != AUTHORITY:
             raise SecretsFailed("keys or authority have changed meanwhile: looking again")
         return {KEY_FILE: key_file(f"secret of {trust.key}"), AUTHORITY_FILE: AUTHORITY}

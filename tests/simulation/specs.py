@@ -10,6 +10,9 @@ from tests.simulation.cluster import FLEET
 
 # Beyond any other edit, so that a canary's revision is nobody else's until it is promoted.
 CANARY = 1_000_000
+# A canary with no share of its own, with one, and with the one at which it does worse.
+WORSE = 30
+SHARES = (None, 20, WORSE)
 NAMES = ("alpha", "beta", "gamma", "delta")
 BAD = ("crash", "oom", "hang", "sick", "arguments", "weights", "image", "rejected")
 
@@ -26,6 +29,7 @@ class Wanted:
     suspend: bool = False
     paused: bool = False
     canary: bool = False
+    share: int | None = None
 
     @property
     def most(self) -> int:
@@ -96,8 +100,12 @@ def _model(name: str, wanted: Wanted) -> dict[str, Any]:
         "resources": {"gpus": wanted.gpus, "cpus": 4, "memory": "16G"},
         "replicas": wanted.replicas,
         "suspend": wanted.suspend,
-        "canary": {"args": {"seed": wanted.version + CANARY}} if wanted.canary else None,
+        "canary": _canary(wanted) if wanted.canary else None,
     }
+
+
+def _canary(wanted: Wanted) -> dict[str, Any]:
+    return {"args": {"seed": wanted.version + CANARY}, "share": wanted.share}
 
 
 def first_spec(random: Random) -> Spec:

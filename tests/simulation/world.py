@@ -35,6 +35,8 @@ from reconciler.state import (
     Keyring,
     Memory,
     Probe,
+    Traffic,
+    Trial,
     Trust,
     Usage,
 )
@@ -42,6 +44,7 @@ from reconciler.usage import Tallies
 from tests.simulation.cluster import USER, Cluster, Engine, SimJob
 from tests.simulation.gateways import Configuration, SimGateway
 from tests.simulation.secrets import MemorySecrets
+from tests.simulation.specs import WORSE
 from tests.simulation.timeline import START, Timeline
 
 # munge's credentials are refused if they seem older, or newer, than that: seen on 24.11.
@@ -492,8 +495,11 @@ class SimSecrets:
     def issue(self, model: str, walltime_s: float) -> Credentials:
         return self._secrets.issue(model, walltime_s)
 
-    def gateway_files(self, trust: Trust) -> Mapping[str, str]:
-        return self._secrets.gateway_files(trust)
+    def external_keys(self, files: Iterable[str]) -> tuple[Mapping[str, str], Mapping[str, str]]:
+        return self.world.secrets.external_keys(files)
+
+    def gateway_files(self, trust: Trust | None, external: Mapping[str, str]) -> Mapping[str, str]:
+        return self._secrets.gateway_files(trust, external)
 
     @property
     def _secrets(self) -> MemorySecrets:
@@ -562,11 +568,30 @@ class SimStore:
     def count(self, gateway: str, part: LogPart, tallies: Tallies) -> None:
         raise AssertionError(f"{gateway} has no log to count: {part}, {tallies}")
 
-    def usage(self, at: float, gateways: frozenset[str]) -> tuple[Usage, None]:
+    def usage(self, at: float, gateways: frozenset[str]) -> tuple[Usage, None, Mapping[str, Trial]]:
         assert at > 0
         assert gateways
-        return Usage(tokens_today={}, complete=True), None
+        return Usage(tokens_today={}, complete=True), None, dict(self._trials())
+
+    def _trials(self) -> Iterator[tuple[str, Trial]]:
+        """Yield what the log tells of each canary that gets requests."""
+        fleet = self.world.cycle.fleet
+        shares = {
+            model.name: model.canary.share
+            for model in (fleet.models if fleet is not None else ())
+            if model.canary is not None
+        }
+        for gateway in self.world.gateways.values():
+            for target in gateway.routes():
+                if target.canary:
+                    bad = shares.get(target.model) == WORSE
+                    tried = f"{target.model}.{target.canary}"
+                    yield tried, Trial(canary=_had(errors=100 * bad), rest=_had(errors=0))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         yield
+
+
+def _had(errors: int) -> Traffic:
+    return Traffic(minutes=60, requests=500, errors=errors, refused=0, first_byte_s=(0.5, 1.0, 1.0))

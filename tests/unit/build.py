@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from reconciler.naming import Comment, ReplicaName, Run
@@ -145,10 +146,11 @@ def rendered(
     targets: Iterable[Target],
     ring: Keyring = RING,
     exhausted: Collection[str] = (),
+    external: Mapping[str, str] = MappingProxyType({}),
 ) -> GatewayFiles:
     """What a gateway that routes to these targets runs."""
     ordered = tuple(targets)
-    return render_gateway(wanted, ordered, trusted(ordered, ring), exhausted)
+    return render_gateway(wanted, ordered, trusted(ordered, ring), exhausted, external)
 
 
 def view(

@@ -123,7 +123,7 @@ def test_backlog_does_not_hold_a_cycle_up(tmp_path: Path) -> None:
         here = world(gateways, store)
         count_logs(here, VIEWS, lambda: next(clock))
         assert requests(tmp_path) == 2
-        usage, _ = store.usage(AT, frozenset({"a"}))
+        usage, *_ = store.usage(AT, frozenset({"a"}))
         assert (usage.tokens_today, usage.complete) == ({"alice": 60}, False)
         count_logs(here, VIEWS, lambda: next(clock))
         assert requests(tmp_path) == 10
@@ -176,7 +176,7 @@ def test_R32_lost_file_costs_history_and_is_read_again(tmp_path: Path) -> None:
         count_logs(world(gateways, store), VIEWS[:1])
     (tmp_path / FILE).write_bytes(b"no database")
     with opened(tmp_path) as store:
-        usage, traffic = store.usage(AT, frozenset({"a"}))
+        usage, traffic, _ = store.usage(AT, frozenset({"a"}))
         assert (usage.complete, traffic) == (False, None)
         count_logs(world(gateways, store), VIEWS[:1])
     assert requests(tmp_path) == 3
@@ -191,7 +191,7 @@ def test_reader_without_the_lock_sees_what_is_counted(tmp_path: Path) -> None:
     gateways = Gateways({"a": [line(at=AT), line(at=AT, model="cold", status="503")]})
     with opened(tmp_path) as store:
         count_logs(world(gateways, store), VIEWS[:1])
-        usage, traffic = reader.usage(AT, names)
+        usage, traffic, _ = reader.usage(AT, names)
     assert usage.tokens_today == {"alice": 60}
     assert traffic is not None
     assert {model: one.refused for model, one in traffic.items()} == {"tiny": 0, "cold": 1}

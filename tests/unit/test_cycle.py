@@ -55,7 +55,7 @@ def test_recipe_that_memory_lost_is_found_in_the_script_of_a_serving_replica() -
     fake = FakeWorld(live=[old], scripts={7: batch_script(recipe, submit)})
     saved: list[Memory] = []
     store: Any = SimpleNamespace(
-        load=Memory, save=saved.append, log_positions=dict, usage=lambda *_: (None, None)
+        load=Memory, save=saved.append, log_positions=dict, usage=lambda *_: (None, None, {})
     )
     probes = {old.key: Probe(health=Health.READY, ongoing=1)}
     engines: Any = SimpleNamespace(probe=lambda *_: probes)

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from threading import Barrier, Lock, get_ident
 from typing import Any
 
 import pytest
 
 from reconciler.adapters.ports import Listing, LogPart, Result
+from reconciler.adapters.secrets import FileSecrets
 from reconciler.errors import (
     FleetError,
     GatewayFailed,
@@ -19,10 +21,10 @@ from reconciler.errors import (
 )
 from reconciler.execute import DEADLINE_S, execute
 from reconciler.observe import World
-from reconciler.plan import Action, Cancel, Drain, JobRef, Plan, Reason, Route, Submit
+from reconciler.plan import Action, Cancel, Drain, JobRef, NoteKind, Plan, Reason, Route, Submit
 from reconciler.planner import plan
 from reconciler.routes import AUTHORITY_FILE, KEY_FILE, GatewayFiles
-from reconciler.state import GatewayView, Job, Memory, Recipe, Trust, Usage
+from reconciler.state import GatewayView, Job, Memory, Recipe, Trial, Trust, Usage
 from reconciler.usage import Tallies
 from tests.simulation.secrets import MemorySecrets
 from tests.unit.build import (
@@ -162,10 +164,10 @@ class FakeJournal:
         assert part.ended
         assert tallies == Tallies()
 
-    def usage(self, at: float, gateways: frozenset[str]) -> tuple[Usage, None]:
+    def usage(self, at: float, gateways: frozenset[str]) -> tuple[Usage, None, Mapping[str, Trial]]:
         assert at
         assert gateways
-        return Usage(tokens_today={}, complete=True), None
+        return Usage(tokens_today={}, complete=True), None, {}
 
     def locked(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -513,3 +515,31 @@ def test_route_brings_the_key_along_and_fails_when_it_is_gone() -> None:
     [error] = perform(made(gone), fake)
     assert "have changed meanwhile" in error
     assert len(fake.changed) == 2
+
+
+def test_route_brings_the_key_of_a_fallback_along(tmp_path: Path) -> None:
+    """Also where no replica has one; what the plan does not name is not read."""
+    file = tmp_path / "external.key"
+    file.write_text("sk-external")
+    file.chmod(0o600)
+    away = {"url": "https://api.example.org/v1", "model": "m"}
+    wanted = fleet(
+        model_record(fallback={**away, "key_file": str(file)}),
+        model_record(name="other", fallback={**away, "key_file": "/nowhere"}),
+        gateway={"hosts": [{"name": "a"}], "external": {"resolvers": ["10.0.0.53"]}},
+    )
+    fake, secrets = FakeWorld(), FileSecrets(None, "demo")
+    asked = sorted({model.fallback.key_file for model in wanted.models if model.fallback})
+    seen = observation(
+        external_keys=secrets.external_keys(asked)[0], gateways=[GatewayView(name="a")]
+    )
+    decided = plan(wanted, seen, Memory())
+    assert [note.subject for note in decided.notes if note.kind is NoteKind.FALLBACK] == ["other"]
+    [route] = [action for action in decided.actions if isinstance(action, Route)]
+    world = replace(fake.world(), secrets=secrets)
+    assert execute(made(route), wanted, world, [], say=lambda _: None).errors == ()
+    assert "Bearer sk-external" in fake.changed[0].secrets[KEY_FILE]
+    assert "sk-external" not in str(fake.changed[0].files) + str(decided)
+    file.unlink()
+    [error] = execute(made(route), wanted, world, [], say=lambda _: None).errors
+    assert f"{file}: No such file" in error

@@ -13,6 +13,7 @@ from reconciler.routes import (
     AUTHORITY_FILE,
     GENERATION_MARK,
     KEY_FILE,
+    key_file,
     key_in_use,
     parse_targets,
     render_gateway,
@@ -162,6 +163,7 @@ ENTRY = {"model": "tiny", "job_id": 9, "submitted_at": 1, "address": "10.0.0.9:2
 
 
 CHANGES: list[dict[str, Any]] = [
+    *({"weight": 0}, {"weight": "x"}, {"weight": None}, {"canary": "x; }"}, {"canary": ["a"]}),
     *({"address": "evil.example.org:80"}, {"address": "10.0.0.1:80; } server {"}, {"address": []}),
     *({"address": None}, {"job_id": "x"}, {"job_id": None}, {"submitted_at": []}, {"more": 1}),
     *({"model": "a b"}, {"model": ["x"]}),
@@ -235,6 +237,122 @@ def test_upstreams_of_open_and_protected_replicas_are_apart() -> None:
     assert "upstream open.tiny {" in conf
     assert "upstream model.tiny {" in conf
     assert found["open"] == {"tiny": 0.5}
+
+
+REVISION = "0123abcd"
+TRIED = {"share": 10, "args": {"seed": 2}}
+
+
+def tried(**changes: Any) -> list[Target]:
+    """Two replicas of a model and its canary."""
+    first, second, _ = targets()
+    return [first, second, replace(first, job_id=12, address="10.0.0.2:1", **changes)]
+
+
+def upstreams(text: str) -> dict[str, list[str]]:
+    """Each upstream of a configuration, with its servers."""
+    found = re.findall(r"^upstream (\S+) \{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL)
+    return {name: re.findall(r"server (.*);", inside) for name, inside in found}
+
+
+def test_options_of_a_target_come_back_from_a_gateways_disk() -> None:
+    """What a gateway routes is read there; without options the file is as it always was."""
+    made = tried(canary=REVISION, weight=7)
+    files = rendered(fleet(model_record(canary=TRIED)), made)
+    assert parse_targets(files.files["targets.json"])[1] == tuple(sorted(made))
+    assert "canary" not in rendered(fleet(), targets()).files["targets.json"]
+
+
+def test_canary_with_a_share_is_an_upstream_of_its_own() -> None:
+    """The others step in for it, and it for nobody; what has no share is one of them."""
+    made = tried(canary=REVISION)
+    split = rendered(fleet(model_record(canary=TRIED)), made).files
+    ends = "max_fails=1 fail_timeout=5s"
+    rest = [f"10.0.0.9:20001 {ends}", f"10.0.0.1:20000 {ends}"]
+    assert upstreams(split["fleet.conf"]) == {
+        "model.tiny": rest,
+        "model.tiny.canary": [f"10.0.0.2:1 {ends}", *(f"{one} backup" for one in rest)],
+    }
+    canary = {"share": 10, "revision": REVISION, "open": 0.0}
+    assert known(split["fleet.json"])["canaries"] == {"tiny": canary}
+    whole = rendered(fleet(), made).files
+    assert upstreams(whole["fleet.conf"]) == {"model.tiny": [*rest, f"10.0.0.2:1 {ends}"]}
+    alone = rendered(fleet(model_record(canary=TRIED)), made[2:]).files
+    assert upstreams(alone["fleet.conf"]) == {"model.tiny": [f"10.0.0.2:1 {ends}"]}
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_backup_and_stickiness_stand_where_nginx_takes_them(hosts: int) -> None:
+    """`backup` not beside `random` or `hash`: NGINX would refuse the configuration."""
+    gateway = {"hosts": [{"name": f"g{at}"} for at in range(hosts)]}
+    wanted = fleet(model_record(canary=TRIED, affinity="X-Session-Id"), gateway=gateway)
+    text = rendered(wanted, tried(canary=REVISION)).files["fleet.conf"]
+    for upstream in re.findall(r"^upstream .*?^\}", text, re.MULTILINE | re.DOTALL):
+        assert not (" backup;" in upstream and re.search("random|hash", upstream))
+    assert upstreams(text).keys() == {"model.tiny", "model.tiny.sticky", "model.tiny.canary"}
+
+
+def test_sides_of_a_fleet_that_changes_over_are_apart_too() -> None:
+    """Who is open is a backup of who is open: a key goes to protected ones alone."""
+    first, second, canary = tried(canary=REVISION)
+    made = [replace(first, keys=()), second, replace(canary, keys=())]
+    files = rendered(fleet(model_record(canary=TRIED)), made).files
+    servers = upstreams(files["fleet.conf"])
+    assert servers.keys() == {"model.tiny", "open.tiny", "open.tiny.canary"}
+    assert ["backup" in one for one in servers["open.tiny.canary"]] == [False, True]
+    found = known(files["fleet.json"])
+    assert (found["open"]["tiny"], found["canaries"]["tiny"]["open"]) == (0.5, 1.0)
+
+
+AWAY = {"url": "https://api.example.org:8443/v1", "model": 'a"b', "key_file": "/etc/key"}
+OUTSIDE = {"hosts": [{"name": "g"}], "external": {"resolvers": ["10.0.0.53", "10.0.0.54:53"]}}
+
+
+def test_fallback_is_asked_only_with_its_key() -> None:
+    """Its key's id is in the generation, its text nowhere; without one nobody is sent there."""
+    wanted = fleet(model_record(fallback=AWAY), gateway=OUTSIDE)
+    files = rendered(wanted, [], external={"tiny": "01234567"}).files
+    conf = files["fleet.conf"]
+    assert "resolver 10.0.0.53 10.0.0.54:53 ipv6=off;" in conf
+    assert f"include {KEY_FILE};" in conf
+    away = {"url": "api.example.org:8443/v1", "model": 'a"b'}
+    assert known(files["fleet.json"])["external"] == {"tiny": away}
+    without = rendered(wanted, []).files
+    assert "@external {" not in without["fleet.conf"]
+    assert KEY_FILE not in without["fleet.conf"]
+    assert known(without["fleet.json"])["external"] == {}
+
+
+def test_option_that_changes_is_another_generation() -> None:
+    """Else it would never reach a gateway."""
+    made = tried(canary=REVISION)
+    models: list[dict[str, Any]] = [
+        *({}, {"affinity": "tenant"}, {"affinity": "X-Session-Id"}, {"canary": TRIED}),
+        {"canary": {**TRIED, "share": 11}},
+        *({"fallback": AWAY}, {"fallback": {**AWAY, "model": "other"}}),
+    ]
+    found = {
+        rendered(
+            fleet(model_record(**keys), gateway=OUTSIDE), made, external={"tiny": id}
+        ).generation
+        for keys in models
+        for id in ("00000000", "11111111")
+    }
+    assert len(found) == 2 * len(models)
+
+
+def test_key_file_has_a_line_for_each_upstream_that_is_shown_one() -> None:
+    """A replica's key goes to no fallback, and no fallback's to another's model."""
+    lines = key_file("aa", {"tiny": "bb", "tiny-2": "cc"}).splitlines()
+    assert lines == [
+        "map $fleet_upstream $fleet_authorization {",
+        '    default "";',
+        '    ~^model\\. "Bearer aa";',
+        '    ~^external\\.tiny$ "Bearer bb";',
+        '    ~^external\\.tiny-2$ "Bearer cc";',
+        "}",
+    ]
+    assert "model" not in key_file(None, {"tiny": "bb"})
 
 
 def test_fleet_without_protected_replicas_needs_no_key() -> None:

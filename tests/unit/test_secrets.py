@@ -73,7 +73,7 @@ def test_gateway_files_hold_the_key_for_protected_replicas_only(either: Either) 
     """An open replica gets no key: anybody may have bound its port."""
     either.issue("tiny", DAY_S)
     ring = either.keyring()
-    made = either.gateway_files(Trust(key=ring.ids[0], authority=ring.authority))
+    made = either.gateway_files(Trust(key=ring.ids[0], authority=ring.authority), {})
     assert made.keys() == {KEY_FILE, AUTHORITY_FILE}
     assert 'default "";' in made[KEY_FILE]
     assert r"~^model\. " in made[KEY_FILE]
@@ -86,7 +86,85 @@ def test_gateway_files_of_what_is_gone_are_refused(either: Either, what: str) ->
     ring = either.keyring()
     trust = {"key": ring.ids[0], "authority": ring.authority} | {what: "0" * 8}
     with pytest.raises(SecretsFailed, match="meanwhile"):
-        either.gateway_files(Trust(**trust))
+        either.gateway_files(Trust(**trust), {})
+
+
+# -- the keys of fallbacks
+
+
+def external(folder: Path, text: str = "sk-0123.a_b/c+d=", mode: int = 0o600) -> str:
+    file = folder / "external.key"
+    file.write_text(text)
+    file.chmod(mode)
+    return str(file)
+
+
+def test_key_of_a_fallback_is_told_by_its_id(files: FileSecrets, folder: Path) -> None:
+    """Another key is another id; a line end behind it does not count."""
+    file = external(folder)
+    ids, errors = files.external_keys([file])
+    assert (list(ids), errors) == ([file], {})
+    assert re.fullmatch("[0-9a-f]{8}", ids[file])
+    assert files.external_keys([external(folder, "sk-0123.a_b/c+d=\n")])[0] == ids
+    assert files.external_keys([external(folder, "sk-other")])[0] != ids
+
+
+def _made_a_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path, 0o600)
+
+
+def _made_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir(mode=0o700)
+
+
+BROKEN_KEYS: dict[str, Callable[[Path], object]] = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_text(""),
+    "two-lines": lambda path: path.write_text("secret-a\nsecret-b\n"),
+    "quote": lambda path: path.write_text('secret"; } server {'),
+    "variable": lambda path: path.write_text("secret$uri"),
+    "bytes": lambda path: path.write_bytes(b"secret\xff"),
+    "open-to-others": lambda path: path.chmod(0o640),
+    "fifo": _made_a_fifo,
+    "link": lambda path: path.symlink_to(path.rename(path.with_name("other"))),
+    "folder": _made_a_folder,
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN_KEYS.values(), ids=BROKEN_KEYS.keys())
+def test_R36_file_without_a_key_is_one_line_that_does_not_show_it(
+    files: FileSecrets, folder: Path, broken: Callable[[Path], object]
+) -> None:
+    """It spoils no other, and nothing of it reaches NGINX."""
+    file = external(folder)
+    broken(Path(file))
+    good = folder / "good.key"
+    good.write_text("sk-good")
+    good.chmod(0o600)
+    ids, errors = files.external_keys([file, str(good)])
+    assert (list(ids), list(errors)) == ([str(good)], [file])
+    assert file in errors[file]
+    assert "\n" not in errors[file]
+    assert "secret" not in errors[file].replace(str(folder), "")
+    with pytest.raises(SecretsFailed):
+        files.gateway_files(None, {"tiny": file})
+
+
+def test_gateway_files_hold_the_keys_of_fallbacks(files: FileSecrets, folder: Path) -> None:
+    """Beside the replicas' key, and also where no replica has one."""
+    file = external(folder, "sk-external")
+    assert files.gateway_files(None, {}) == {}
+    alone = files.gateway_files(None, {"tiny": file})
+    assert list(alone) == [KEY_FILE]
+    assert r'~^external\.tiny$ "Bearer sk-external";' in alone[KEY_FILE]
+    files.issue("tiny", DAY_S)
+    ring = files.keyring()
+    trust = Trust(key=ring.ids[0], authority=ring.authority)
+    both = files.gateway_files(trust, {"tiny": file})
+    assert both.keys() == {KEY_FILE, AUTHORITY_FILE}
+    assert both[KEY_FILE].count("Bearer") == 2
 
 
 # -- files

@@ -200,6 +200,31 @@ BROKEN: dict[str, tuple[str, str, str]] = {
         *("[{name: gateway}]", "[]"),
         "7:11: no gateway: nobody could reach the models",
     ),
+    "R37-fallback-to-an-address": (
+        *("replicas: 2", "replicas: 2\n    fallback: {url: 'https://1.2', model: m, key_file: /k}"),
+        "15:16: models.0.fallback.url: must be https:// and a name, with :port and /path if need "
+        'be (given: "https://1.2")',
+    ),
+    "R36-key-in-place-of-its-file": (
+        *("replicas: 2", "replicas: 2\n    fallback: {url: 'https://a', model: m, key_file: sk-1}"),
+        "15:44: models.0.fallback.key_file: must be an absolute path without ':', ',' or backslash",
+    ),
+    "R37-resolver-that-is-none": (
+        *("[{name: gateway}]", "[{name: gateway}], external: {resolvers: ['1.2.3.400']}"),
+        "7:60: gateway.external.resolvers.0: must be an IPv4 address, with :port if need be "
+        '(given: "1.2.3.400")',
+    ),
+    "no-resolver": (
+        *("[{name: gateway}]", "[{name: gateway}], external: {resolvers: []}"),
+        "7:48: gateway.external.resolvers: must list one at least",
+    ),
+    "fallback-without-a-resolver": (
+        *(
+            "replicas: 2",
+            "replicas: 2\n    fallback: {url: 'https://a.b/v1', model: m, key_file: /k}",
+        ),
+        "15:5: a fallback needs gateway.external: its resolvers, such as [10.0.0.53]",
+    ),
     "gateways-not-a-list": (*("[{name: gateway}]", "{}"), "7:11: gateway.hosts: must be a list"),
     "gateway-named-twice": (
         *("[{name: gateway}]", "[{name: gateway}, {name: gateway, ssh: other}]"),
@@ -545,6 +570,9 @@ RESTARTS_NOTHING: dict[str, Any] = {
     "image": "other",
     "replicas": 7,
     "canary": {"replicas": 1, "env": {"A": "b"}},
+    "weight": 3,
+    "affinity": "X-Session-Id",
+    "fallback": {"url": "https://api.example.org/v1", "model": "m", "key_file": "/etc/key"},
     "suspend": True,
     "slurm": {"partition": "long", "account": "a", "qos": "q", "walltime": "9:00:00"},
     "startup_timeout_s": 5,

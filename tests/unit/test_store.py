@@ -525,7 +525,7 @@ def test_R32_file_of_a_newer_program_is_refused(tmp_path: Path) -> None:
         with pytest.raises(StateFailed) as caught:
             use()
         assert str(caught.value) == (
-            f"{tmp_path}/{FILE} is of schema 99, this program knows 2: update it, or move the "
+            f"{tmp_path}/{FILE} is of schema 99, this program knows 3: update it, or move the "
             "file away (timers start again)"
         )
     with pytest.raises(StateFailed, match="is of schema 99"):
@@ -548,7 +548,7 @@ def test_older_file_is_migrated_and_keeps_what_it_holds(
         with opened(tmp_path) as kept:
             assert kept.store.load() == FULL
     assert read_events(tmp_path) == before
-    assert sql(tmp_path / FILE, "PRAGMA user_version") == [(3,)]
+    assert sql(tmp_path / FILE, "PRAGMA user_version") == [(4,)]
     assert sql(tmp_path / FILE, "SELECT took_s FROM journal") == [(0.0,)]
 
 
@@ -563,7 +563,7 @@ def test_migration_that_fails_leaves_the_file_as_it_was(
         with opened(tmp_path) as kept, pytest.raises(StateFailed, match="NOT NULL"):
             kept.store.save(Memory())
         assert "going on without memory" in kept.said[0]
-    assert sql(file, "PRAGMA user_version") == [(2,)]
+    assert sql(file, "PRAGMA user_version") == [(3,)]
     with opened(tmp_path) as kept:
         assert kept.store.load() == FULL
         kept.store.intend(1.0, SUBMIT)
@@ -613,6 +613,7 @@ def test_journal_of_a_route_does_not_grow_with_the_fleet(tmp_path: Path) -> None
         "removed": [],
         "trust": None,
         "exhausted": [],
+        "external": [],
     }
 
 

@@ -371,13 +371,22 @@ function routeByPath(r) {
     if (!own(FLEET.states, parts[1])) {
         return refused(r, 404, 'model_not_found', 'No such model; GET /v1/models lists them.');
     }
-    if (!EXTERNAL_PATHS.includes(path)) {
-        return send(r, parts[1], path);
+    if (!COMPLETION_PATHS.includes(path)) {
+        return send(r, parts[1], path, own(FLEET.external, parts[1]) ? leniently(r) : undefined);
     }
-    // Read all the same: its tokens are asked for, and a fallback knows the model by another name.
+    // Read all the same, or its tokens would not be asked for.
     const body = read(r);
     if (body !== undefined) {
         send(r, parts[1], path, body);
+    }
+}
+
+// The body for a fallback, which knows the model by another name; undefined if it has none to tell.
+function leniently(r) {
+    try {
+        return JSON.parse(r.requestText);
+    } catch (e) {
+        // Not JSON, or so large that it lies in a file: the engine will see.
     }
 }
 

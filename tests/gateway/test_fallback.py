@@ -216,7 +216,7 @@ def stream_of(away: Away, body: Mapping[str, Any]) -> bytes:
         ("POST", "/tokenize", ASKED, "model_not_ready"),
         ("POST", "/m/tiny/v1/audio/transcriptions", b"RIFF", "model_not_ready"),
         ("POST", "/m/tiny/v1/completions", b"[]", "model_not_ready"),
-        ("POST", "/m/tiny/v1/completions", b"no json", "model_not_ready"),
+        ("POST", "/m/tiny/v1/completions", b"no json", "invalid_json"),
         ("GET", "/m/tiny/v1/responses/resp_1", None, "model_not_ready"),
         ("POST", CHAT, {"model": "plain"}, "model_not_ready"),
         ("POST", "/v1/models", ASKED, "method_not_supported"),

@@ -36,10 +36,14 @@ def reconfigure(fleet: Fleet) -> None:
 
 @contextmanager
 def running(
-    fleet: Fleet, env: Mapping[str, str] | None = None, *, interval: str = "1"
+    fleet: Fleet,
+    env: Mapping[str, str] | None = None,
+    *,
+    interval: str = "1",
+    options: Sequence[str] = (),
 ) -> Iterator[None]:
     """Have `fleet run` at work, by default one cycle a second."""
-    command = fleet.command("run", "--interval", interval)
+    command = fleet.command("run", "--interval", interval, *options)
     with fleet.lab.popen("login", command, env=env) as reconciler:
         try:
             yield

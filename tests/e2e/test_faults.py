@@ -212,14 +212,8 @@ def _apply_at(fleet: Fleet, hours: float) -> None:
 
 def test_two_login_nodes_that_know_nothing_of_each_other_do_no_harm(fleet: Fleet) -> None:
     """Each has its own state and lock; Slurm's singleton and one way to choose names are enough."""
-    commands = [
-        fleet.command("run", "--interval", "1", "--state-dir", f"/tmp/{name}")
-        for name in ("first", "second")
-    ]
-    with (
-        fleet.lab.popen("login", commands[0]) as first,
-        fleet.lab.popen("login", commands[1]) as second,
-    ):
+    first, second = (("--state-dir", f"/tmp/{name}") for name in ("first", "second"))
+    with running(fleet, options=first), running(fleet, options=second):
         wait_for("two replicas", lambda: len(routed(fleet)) == 2, timeout_s=90)
         before = set(routed(fleet))
         fleet.edit("max-num-seqs: 16", "max-num-seqs: 17")
@@ -231,5 +225,3 @@ def test_two_login_nodes_that_know_nothing_of_each_other_do_no_harm(fleet: Fleet
         requests = under_load(fleet, lambda: wait_for("the update", updated, timeout_s=180))
         assert lost(requests) == []
         assert_settled(fleet, replicas=2)
-        first.kill()
-        second.kill()

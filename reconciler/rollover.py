@@ -1,8 +1,8 @@
 """When a replica's successor must be submitted, so that no walltime ends unserved. Pure.
 
 A successor is due at `end - drain - margin - lead * ceil(rank / slots)`: lead is the model's own
-queue wait plus load time as measured, rank the job's place among those that end soonest, slots how
-many successors the budget has room for at once.
+queue wait plus load time as measured, and as much again, rank the job's place among those that end
+soonest, slots how many successors the budget has room for at once.
 """
 
 import math
@@ -14,17 +14,19 @@ from reconciler.state import Job, JobKey
 MARGIN_S = 60.0
 # Before a model's first measured start: a busy queue and a large model.
 LEAD_DEFAULT_S = 600.0
+# A few measurements don't tell how long it takes on a bad day.
+LEAD_SPARE = 2.0
 # Replicas that start together must not end together: each ordinal gets so much less walltime.
 STAGGER = 0.025
 STAGGERED = 8
 
 
 def lead_s(leads: Sequence[float]) -> float:
-    """Return the 90th percentile of measured lead times, or a default without any."""
+    """Return LEAD_SPARE times the 90th percentile of what was measured; a default without any."""
     if not leads:
         return LEAD_DEFAULT_S
     ordered = sorted(leads)
-    return ordered[min(len(ordered) - 1, math.ceil(0.9 * len(ordered)) - 1)]
+    return LEAD_SPARE * ordered[min(len(ordered) - 1, math.ceil(0.9 * len(ordered)) - 1)]
 
 
 def due(

@@ -166,7 +166,8 @@ class FileSecrets:
         file = self._folder / "ca.pem"
         if file.exists():
             return
-        if self.backend_keys():
+        # Another host may have made both since then, the authority first.
+        if self.backend_keys() and not file.exists():
             raise SecretsFailed(f"{file} is gone, but not the keys: put it back from your backup")
         from reconciler.adapters import certificates  # not at the top: it takes long to import
 

@@ -98,6 +98,8 @@ class Engine:
         return self.log.read_text(errors="replace")[-2000:]
 
 
+# As batch.py sets it, on the host and in a container: a client here may be kept waiting too.
+_KEEP_ALIVE = {f"{prefix}VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120" for prefix in ("", "APPTAINERENV_")}
 Start = Callable[[str], AbstractContextManager[Engine]]
 
 
@@ -154,7 +156,7 @@ def start(
         session = ["setsid", "sh", "-c", 'echo $$; exec "$@"', "sh"]
         argv = [*session, *command(kind), "--port", str(port), *FLAGS]
         with log.open("w") as out:
-            started = lab.popen(HOSTS[kind], argv, stdout=out, stderr=out)
+            started = lab.popen(HOSTS[kind], argv, env=_KEEP_ALIVE, stdout=out, stderr=out)
         engine = Engine(kind, lab, port, started, log)
         try:
             wait_for(f"{kind} to be healthy", lambda: healthy(engine), timeout_s=START_TIMEOUT_S)

@@ -132,6 +132,7 @@ def test_a_cut_between_gateway_and_node_costs_only_streams_begun_there(served: F
     assert_settled(served, replicas=2)
 
 
+@pytest.mark.soak
 def test_a_cut_between_login_and_node_costs_nothing(served: Fleet) -> None:
     """Unheard of is not dead: the gateway still reaches it, so what it was sent ends whole.
 

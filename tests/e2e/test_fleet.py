@@ -72,6 +72,7 @@ def test_plan_changes_nothing_and_tells_by_its_exit_code(fleet: Fleet) -> None:
     assert "nothing to do" in after.stdout
 
 
+@pytest.mark.soak
 def test_a_new_revision_rolls_without_a_lost_request(fleet: Fleet) -> None:
     """New replicas are ready before old ones drain, and every request in flight ends whole."""
     _applied(fleet)
@@ -141,6 +142,7 @@ def _status(fleet: Fleet, job_id: int) -> bool:
     return any(r["job_id"] == job_id and r["status"] == "draining" for r in fleet.replicas())
 
 
+@pytest.mark.soak
 def test_a_power_cut_leads_to_a_replacement_elsewhere(fleet: Fleet) -> None:
     """Plain requests survive by NGINX's retry; only streams begun on the dead node end."""
     _applied(fleet)
@@ -254,7 +256,7 @@ def _foreign_job(fleet: Fleet, user: str, name: str) -> str:
     return fleet.lab.run("login", ["sbatch", "--parsable"], user=user, input=script).stdout.strip()
 
 
-@pytest.mark.parametrize("surge", [0, 1])
+@pytest.mark.parametrize("surge", [0, pytest.param(1, marks=pytest.mark.soak)])
 def test_a_rolling_update_without_room_for_surge_stays_within_the_budget(
     fleet: Fleet, surge: int
 ) -> None:
@@ -309,6 +311,7 @@ def test_R29_a_configuration_that_nginx_refuses_changes_nothing(fleet: Fleet) ->
     assert _routed(fleet) == 3
 
 
+@pytest.mark.soak
 def test_an_unreachable_gateway_blocks_drains_and_says_so(fleet: Fleet) -> None:
     """It may still route: no replica is told to end until every gateway has confirmed."""
     _applied(fleet)

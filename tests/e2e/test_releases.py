@@ -2,6 +2,8 @@
 
 from collections import Counter
 
+import pytest
+
 from tests.e2e.checks import lost, running, under
 from tests.lab.fleet import Fleet
 from tests.lab.load import Client
@@ -73,6 +75,7 @@ def test_canary_that_does_worse_is_given_up_by_itself(fleet: Fleet) -> None:
     assert "aborted" in fleet.run("events")
 
 
+@pytest.mark.soak
 def test_paused_model_is_left_alone_until_it_is_resumed(fleet: Fleet) -> None:
     """A job that ends meanwhile is not replaced, and loses its route."""
     before = _applied(fleet)

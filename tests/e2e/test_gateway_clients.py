@@ -19,7 +19,7 @@ ERROR_LOG = "/var/lib/modelfleet/gateway/error.log"
 
 
 def _served(fleet: Fleet, tokens_per_s: str, replicas: int = 2) -> Fleet:
-    fleet.edit('STANDIN_TOKENS_PER_S: "50"', f'STANDIN_TOKENS_PER_S: "{tokens_per_s}"')
+    fleet.edit('STANDIN_TOKENS_PER_S: "20"', f'STANDIN_TOKENS_PER_S: "{tokens_per_s}"')
     fleet.edit("max-num-seqs: 16", "max-num-seqs: 1024")
     fleet.edit("replicas: 2", f"replicas: {replicas}")
     fleet.run("apply", "--wait", "--timeout", "90s")

@@ -68,7 +68,7 @@ def _lost(load: Load) -> list[str]:
 
 def _under_load(fleet: Fleet, change: Callable[[], object]) -> Load:
     async def go() -> Load:
-        async with in_flight(fleet.url, "tiny", plain=4, streams=4, tokens=200) as load:
+        async with in_flight(fleet.url, "tiny", plain=4, streams=4, tokens=80) as load:
             await asyncio.to_thread(change)
         return load
 

@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 # Short enough not to be felt, long enough to cost nothing; for what is slow to ask, in proportion.
 POLL_S = 0.05
-MOST_POLL_S = 1.0
+MOST_POLL_S = 2.0
 # A person looking on wants a sign of life about this often.
 ALOUD_EVERY_S = 5.0
 
@@ -39,7 +39,7 @@ def wait_for(
         if say and now - told > ALOUD_EVERY_S:
             told = now
             say(f"waiting for {what}: {now - start:.0f} s")
-        time.sleep(min(max(POLL_S, now - asked), MOST_POLL_S))
+        time.sleep(min(max(POLL_S, 2 * (now - asked)), MOST_POLL_S))
         now = time.monotonic()
 
 

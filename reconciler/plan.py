@@ -57,6 +57,7 @@ class NoteKind(StrEnum):
     QUOTA = "quota"
     ABORTED = "aborted"
     FALLBACK = "fallback"
+    LEFT_OVER = "left over"  # of the cycle itself, so never in a plan that is only looked at
 
 
 # With one of these nothing at all was decided.

@@ -24,6 +24,7 @@ class Reason(StrEnum):
     SURPLUS = "surplus"
     EXPIRING = "expiring"
     MAINTENANCE = "maintenance"
+    QUARANTINE_OVER = "quarantine over"
     ABORTED = "aborted"
 
 

@@ -26,9 +26,7 @@ _SLACK_S = 5.0
 # that mends it; `python -m tests.simulation SEED --strict` excuses nothing.
 KNOWN_GAPS = {
     "clock": "a clock ahead of Slurm's (by five minutes at most) sees each walltime end so early",
-    "quarantine": "a waiting job avoids for ever the nodes that were quarantined at its submission",
     "stale memory": "a process killed while the disk is full leaves an old memory to the next one",
-    "unreadable": "a job whose comment can't be read counts as many GPUs as the spec says now",
     "shape": "the last old replica may hold the GPUs that smaller new ones need, and serves on",
     "intents": "jobs that no saved memory knows can vanish from a listing unnoticed",
 }
@@ -126,20 +124,9 @@ class Invariants(Watch):
         ]
         self._submitted_gpus += new.gpus
         held, budget = sum(job.gpus for job in others), self._fleet.budget.gpus
-        if held + self._submitted_gpus <= budget:
-            return
-        believed = sum(self._believed_gpus(job) for job in others)
-        if believed + self._submitted_gpus <= budget and self.excused("unreadable"):
-            return
-        self._fail(5, f"{new.name}: {held} held and {self._submitted_gpus} submitted of {budget}")
-
-    def _believed_gpus(self, job: SimJob) -> int:
-        """A job's GPUs; where its comment can't be read, what the spec says now."""
-        if job.legible:
-            return job.gpus
-        name = parse_name(job.name)
-        model = self._fleet.model(name.model) if name is not None else None
-        return min(job.gpus, model.resources.gpus if model is not None else 1)
+        if held + self._submitted_gpus > budget:
+            text = f"{held} held and {self._submitted_gpus} submitted of {budget}"
+            self._fail(5, f"{new.name}: {text}")
 
     def _on_dead_node(self, job: SimJob) -> bool:
         node = self._world.cluster.node(job.node)

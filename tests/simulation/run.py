@@ -232,7 +232,6 @@ class Simulation:
             gateway.unreachable_until = now
         cluster.up = True
         cluster.maintenance_at = None
-        cluster.excludes = lambda: not self.invariants.excused("quarantine")
         for node in cluster.nodes:
             cluster.restore_power(node)
             cluster.resume_node(node)

@@ -21,7 +21,6 @@ from reconciler.errors import (
     SubmitRejected,
     SubmitUnknown,
 )
-from reconciler.naming import parse_comment
 from reconciler.observe import World
 from reconciler.plan import Action, JobRef
 from reconciler.routes import GatewayFiles
@@ -223,8 +222,6 @@ class SimSlurm:
                 world.cycle.believable = True
                 for job in world.cluster.jobs.values():
                     job.listed = True
-                    legible = parse_comment(job.comment) is not None
-                    job.legible = legible and job.id != world.cycle.garbled
             return listing
 
     def _text(self, mark: str) -> str:
@@ -336,6 +333,9 @@ def _record(job: SimJob) -> dict[str, str]:
         "RestartCnt": str(job.restarts),
         "exit_code": f"{job.exit_status}:0",
         "TimeLimit": slurm_time(job.walltime_s),
+        "NumNodes": "1",
+        "tres-per-node": f"gres/gpu:{job.gpus}",
+        "ExcNodes": ",".join(sorted(job.exclude)),
         "Name": job.name,
         "Comment": job.comment,
     }

@@ -397,5 +397,6 @@ class Memory:
     kept: Mapping[str, Recipe] = field(default_factory=dict)  # model -> what was ready last
     aborted: Mapping[str, Aborted] = field(default_factory=dict)  # model -> its canary
     maintenances: Maintenances | None = None  # while jobs wait for one
+    submitted: frozenset[ReplicaName] = frozenset()  # or about to be, when this was remembered
     emptied_at: float | None = None  # first look at which all known jobs were gone at once
     booted_at: float | None = None  # the clock that all these times were told by

@@ -63,17 +63,6 @@ def test_every_case_runs_on_both() -> None:
     assert len(cases) >= LEAST_CASES
 
 
-def test_listing_says_what_a_job_was_submitted_with(cluster: Cluster) -> None:
-    """GPUs and the nodes that it avoids, by sbatch's own words, whatever its comment says."""
-    avoided = ",".join(cluster.nodes[:2])
-    job_id = cluster.slurm.submit(script(name(), REPLICA, HOLD, f"exclude={avoided}", gpus=2))
-    job = _known(cluster, job_id)
-    assert job.gpus == 2
-    assert job.excluded_names == tuple(cluster.nodes[:2])
-    other = cluster.slurm.submit(script(name(1), REPLICA, HOLD))
-    assert (_known(cluster, other).gpus, _known(cluster, other).excluded_names) == (1, ())
-
-
 # -- what a case says in one line
 
 

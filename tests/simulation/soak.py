@@ -38,6 +38,7 @@ class Totals:
     notes: Counter[str] = field(default_factory=Counter)
     excuses: Counter[str] = field(default_factory=Counter)
     excused_seeds: int = 0
+    held_back: int = 0
 
     def add(self, result: Result) -> None:
         """Add one run."""
@@ -52,6 +53,7 @@ class Totals:
         self.notes += result.notes
         self.excuses += result.excuses
         self.excused_seeds += bool(result.excuses)
+        self.held_back += result.held_back
 
     def missing(self, least: int = LEAST) -> list[str]:
         """Return what has occurred too seldom for the run to mean much."""
@@ -98,6 +100,7 @@ class Totals:
             f"| cycles | {self.cycles} |",
             f"| seeds that failed | {failed} |",
             f"| seeds that needed an excuse | {self.excused_seeds} |",
+            f"| seeds that their spec let go no further | {self.held_back} |",
             f"| slowest to settle after the last fault | {self.slowest_s:.0f} s |",
             "",
             "## What is not done yet",

@@ -64,7 +64,7 @@ class Cycle:
     believable: bool = False  # the plan's listing was whole and true
     garbled: int | None = None  # the job whose record could not be read
     suspicious: bool = False  # the reconciler waits for one more look, and will believe that
-    hidden: bool = False  # the listing was empty, and nothing saved says that there were jobs
+    hidden: bool = False  # the listing was empty, and no memory or gateway tells of any job
     cut: bool = False  # no probe got out
     views: tuple[GatewayView, ...] = ()
     probes: Mapping[JobKey, Probe] = field(default_factory=dict)
@@ -216,13 +216,20 @@ class SimSlurm:
             world.lied = world.lied or lie or world.cycle.garbled is not None
             listing = slurm_cli.parse_listing(text, mark=mark, fleet=fleet, user=USER)
             if lie:
-                world.cycle.hidden = not any(job.remembered for job in world.cluster.ours)
+                world.cycle.hidden = not self._missed()
             # What the executor's second listing shows, the plan does not know.
             if first and not lie:
                 world.cycle.believable = True
                 for job in world.cluster.jobs.values():
                     job.listed = True
             return listing
+
+    def _missed(self) -> bool:
+        """Whether the reconciler has been told of any of the jobs that there are."""
+        world = self.world
+        submitted = {str(name) for name in (world.unsaved or world.memory).submitted}
+        told = any(job.remembered or job.name in submitted for job in world.cluster.ours)
+        return told or any(view.targets for view in world.cycle.views)
 
     def _text(self, mark: str) -> str:
         """What squeue prints: the fields in the adapter's order, each with the mark behind it."""
@@ -518,7 +525,6 @@ class SimStore:
         with self.world.call("load"):
             if self.world.strikes("memory_lost"):
                 self.world.memory, self.world.unsaved = Memory(), None
-                self.world.cycle.hidden = True
                 for job in self.world.cluster.jobs.values():
                     job.remembered = job.saved = False
             return self.world.unsaved or self.world.memory

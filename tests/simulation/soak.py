@@ -23,6 +23,20 @@ BOUNDARIES = tuple(
     for side in ("before", "after")
 )
 
+_NO_MISTAKES = """\
+* **A clock that is ahead.** A walltime's last moment comes by the clock of the reconciler's
+  host: it knows no other. One ahead of Slurm's (munge refuses whom it finds more than five
+  minutes off) lets a replica without a ready successor go so early. It drains like any other,
+  so no request is cut. What Slurm answers proves no offset that a lagging listing could not
+  fake, and one that is wrongly believed would cut drains short.
+* **A spec that allows no step.** A model's last replica holds the GPUs of its old, larger
+  shape, the budget has no room beside it, and `max_unavailable: 0` forbids that it goes first.
+  It serves on, and the plan's note names `rollout.max_unavailable`.
+* **Jobs that nothing tells of.** An empty listing is suspicious if the memory knows a job,
+  submitted one or was about to, or if a gateway routes to one. Where the memory is lost and
+  nothing is routed, no trace of them is left to miss; Slurm runs no second job of a name all
+  the same."""
+
 
 @dataclass(slots=True)
 class Totals:
@@ -111,6 +125,10 @@ class Totals:
             "| gap | what happens | let pass |",
             "|---|---|---:|",
             *(f"| {gap} | {text} | {count} |" for gap, text, count in gaps),
+            "",
+            "## What is called no mistake",
+            "",
+            _NO_MISTAKES,
         ]
         for title, counts in self._counts():
             lines += ["", f"## {title.capitalize()}", "", f"{_words(counts)}."]

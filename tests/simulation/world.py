@@ -227,9 +227,8 @@ class SimSlurm:
     def _missed(self) -> bool:
         """Whether the reconciler has been told of any of the jobs that there are."""
         world = self.world
-        submitted = {str(name) for name in (world.unsaved or world.memory).submitted}
-        told = any(job.remembered or job.name in submitted for job in world.cluster.ours)
-        return told or any(view.targets for view in world.cycle.views)
+        routed = any(view.targets for view in world.cycle.views)
+        return routed or any(job.remembered for job in world.cluster.ours)
 
     def _text(self, mark: str) -> str:
         """What squeue prints: the fields in the adapter's order, each with the mark behind it."""
@@ -284,6 +283,8 @@ class SimSlurm:
                 world.timeline.after(delay_s, lambda: self._land(script))
                 raise SubmitUnknown("sbatch gave no answer in 20 s")
             job = world.cluster.accept(script)
+            # By its name: the cycle has saved what it is about to submit, or could not.
+            job.remembered, job.saved = True, world.unsaved is None
             world.watch.accepted(job)
             if world.strikes("submit_lost_now"):
                 raise SubmitUnknown("sbatch: Socket timed out on send/recv operation")

@@ -204,22 +204,34 @@ class Invariants(Watch):
         if job.engine is None or pending:
             return
         self._cuts_nothing(job)
-        self._spares_the_last(ref, job)
+        # What has had its time to drain went when that began.
+        if not self._has_had_its_time(job):
+            self._spares_the_last(ref, job)
+
+    def _routed(self, job: SimJob) -> bool:
+        gateways = self._world.gateways.values()
+        return any(job.key == target.key for g in gateways for target in g.routes())
+
+    def _left_at(self, job: SimJob) -> float:
+        """When the last gateway stopped to route to it."""
+        gateways = self._world.gateways.values()
+        return max((gateway.left.get(job.key, 0.0) for gateway in gateways), default=0.0)
+
+    def _has_had_its_time(self, job: SimJob) -> bool:
+        """Whether no gateway has routed to it for as long as it may take to drain."""
+        off_s = self._world.timeline.now - self._left_at(job)
+        return not self._routed(job) and off_s >= job.drain_timeout_s - _SLACK_S
 
     def _cuts_nothing(self, job: SimJob) -> None:
         """Invariant 7: streams are cut only past the time to drain, which begins off the routes."""
         engine, world = job.engine, self._world
-        if engine is None or not engine.answers:
+        if engine is None or not engine.answers or self._has_had_its_time(job):
             return
-        gateways = world.gateways.values()
-        routed = any(job.key == target.key for g in gateways for target in g.routes())
-        began = max((gateway.left.get(job.key, 0.0) for gateway in gateways), default=0.0)
-        early = world.timeline.now - began < job.drain_timeout_s - _SLACK_S
         ongoing = engine.ongoing(world.timeline.now)
-        if not early or not (ongoing or routed):
+        if not ongoing and not self._routed(job):
             return
         # Its drain may have begun at another gateway long before.
-        since = began - 2 * job.drain_timeout_s
+        since = self._left_at(job) - 2 * job.drain_timeout_s
         if world.memory_aged_at > since and self.excused("stale memory"):
             return
         self._fail(7, f"{job.name} is cancelled with {ongoing} requests in flight")

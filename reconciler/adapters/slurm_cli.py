@@ -38,7 +38,7 @@ _UNSURE = re.compile(
 )
 # scancel's words for a job that is COMPLETING or over, when it is to check a name (seen on 24.11).
 _OVER = re.compile(r"invalid job id|already completing or completed", re.IGNORECASE)
-# What was asked for of each node: `gres/gpu:2` on 24.11, `gres:gpu:2` before.
+# What sbatch was asked for of each node: `gres/gpu:2` on 24.11, `gres:gpu:2` before.
 _GPUS = re.compile(r"(?:^|,)(?:gres[/:])?gpu(?::[^:,]+)?:(\d{1,6})(?:,|$)")
 _SUBMITTED = re.compile(r"^(\d+)(?:;\S*)?$", re.MULTILINE)
 
@@ -188,7 +188,7 @@ def _job(record: Sequence[str], name: ReplicaName) -> Job:
 
 
 def _gpus(nodes: int | None, per_node: str) -> int | None:
-    """Return how many GPUs a job was submitted with: by its own words, so on any Slurm's."""
+    """Return how many GPUs sbatch was asked for; known also to a Slurm that accounts for none."""
     match = _GPUS.search(per_node)
     return None if match is None or nodes is None else nodes * int(match[1])
 

@@ -217,6 +217,8 @@ def limited(lab: Lab) -> None:
             f"{len(set(names))} in {cost.wall_s:.1f} s",
             f"{failed} failed, {len(names) - len(set(names))} twice",
         )
+        for text in (text for text in cost.output.splitlines() if "left over:" in text):
+            line("  note", " ".join(text.split()))
         if len(set(names)) == LIMITED:
             return
 

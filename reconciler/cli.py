@@ -3,12 +3,12 @@
 Heavy imports (HTTP, validation) stand in the commands that need them, so that `--help` is quick.
 """
 
+import atexit
 import gc
 import json
 import os
 import pwd
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -32,9 +32,10 @@ if TYPE_CHECKING:
     from reconciler.spec import Fleet
     from reconciler.state import Orders
 
-# What a start makes (modules, the spec) stays: to look for garbage among it over and over is a
-# tenth of the start of a command. Long cycles are still cleaned up after.
+# What a start makes (modules, the spec) stays: to look for garbage among it over and over, and once
+# more at the end, is a tenth of a short command. Long cycles are still cleaned up after.
 gc.set_threshold(100_000, 50, 50)
+atexit.register(gc.freeze)
 
 # A plugin that happens to be installed must not change what a spec means, and to look for one would
 # take a tenth of `validate`'s time.
@@ -619,6 +620,8 @@ def _seconds(text: str) -> float:
 
 def _commit(spec: Path) -> str | None:
     """Return the spec's git commit, or None where it is not in git."""
+    import subprocess
+
     argv = ["git", "-C", str(spec), "rev-parse", "--short=12", "HEAD"]
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=5, check=False)

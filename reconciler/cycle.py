@@ -1,7 +1,7 @@
 """One cycle: look, remember, plan, act."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from reconciler.adapters.ports import ImagePin
 from reconciler.batch import read_recipe
@@ -18,7 +18,7 @@ from reconciler.state import Memory, Observation, Pause, Recipe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a cycle decided, and one line for each thing that failed."""
+    """What a cycle decided and left over, and one line for each thing that failed."""
 
     plan: Plan
     errors: tuple[str, ...]
@@ -104,7 +104,8 @@ def cycle(
     done = execute(decided, fleet, world, known, say=say, told_to_end=told_to_end)
     if done.refused:
         errors = _saved(learn_refusals(memory, done.refused, at), world)
-    return Outcome(plan=decided, errors=(*errors, *done.errors))
+    told = replace(decided, notes=(*decided.notes, *done.left_over))
+    return Outcome(plan=told, errors=(*errors, *done.errors))
 
 
 def _saved(memory: Memory, world: World) -> tuple[str, ...]:

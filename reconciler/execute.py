@@ -24,7 +24,18 @@ from reconciler.errors import (
 )
 from reconciler.naming import ReplicaName
 from reconciler.observe import World
-from reconciler.plan import Action, Cancel, Drain, JobRef, Plan, Route, Submit, title
+from reconciler.plan import (
+    Action,
+    Cancel,
+    Drain,
+    JobRef,
+    Note,
+    NoteKind,
+    Plan,
+    Route,
+    Submit,
+    title,
+)
 from reconciler.routes import render_gateway
 from reconciler.spec import Fleet, parse_duration
 from reconciler.state import Credentials, JobKey, Recipe
@@ -39,9 +50,10 @@ DEADLINE_S = 120.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Executed:
-    """How a plan went: one line for each thing that failed, and what Slurm refused."""
+    """How a plan went: one line for each thing that failed, what is left, what Slurm refused."""
 
     errors: tuple[str, ...] = ()
+    left_over: tuple[Note, ...] = ()
     refused: tuple[ReplicaName, ...] = ()
 
 
@@ -68,6 +80,7 @@ def execute(
     left_because: str | None = None
     errors: dict[int, str] = {}
     refused: list[ReplicaName] = []
+    unanswered = 0
 
     def begin(phase: Iterable[tuple[int, Action]]) -> Iterator[tuple[_Begun, Callable[[], str]]]:
         nonlocal begun, left_because
@@ -89,13 +102,24 @@ def execute(
                 say(line)
             if error is not None:
                 errors[it.at] = f"{title(it.action)}: {error}"
+            unanswered += isinstance(error, SubmitUnknown)
             if isinstance(error, SubmitRejected) and isinstance(it.action, Submit):
                 refused.append(it.action.name)
     lines = [errors[at] for at in sorted(errors)]
+    left = []
     if begun < total:
-        left = total - begun
-        lines.append(f"{left} of {total} actions left for the next cycle: {left_because}")
-    return Executed(errors=(*lines, *journal.errors), refused=tuple(refused))
+        left.append(f"{total - begun} of {total} actions left for the next cycle: {left_because}")
+        lines += left
+    if unanswered:
+        # Slurm's rate limiter, for one, lets sbatch wait until its time is up.
+        left.append(
+            f"{unanswered} of {total} actions had no answer in time: the next cycle looks whether "
+            "Slurm took them"
+        )
+    notes = (Note(kind=NoteKind.LEFT_OVER, subject="cycle", text=text) for text in left)
+    return Executed(
+        errors=(*lines, *journal.errors), left_over=tuple(notes), refused=tuple(refused)
+    )
 
 
 @dataclass(frozen=True, slots=True)

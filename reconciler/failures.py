@@ -105,12 +105,12 @@ def _times(failures: Failures) -> list[float]:
 
 
 def learn_refusals(memory: Memory, names: Iterable[ReplicaName], at: float) -> Memory:
-    """Count once for each revision that Slurm refused its submissions in a cycle."""
+    """Count once for each revision that Slurm refused its submissions in a cycle: none is there."""
     failures = dict(memory.failures)
     for revision in sorted({f"{name.model}.{name.revision}" for name in names}):
         failure = Failure(node="", cause=Cause.REFUSED, at=at)
         failures[revision] = _with(failures.get(revision) or _NONE, failure)
-    return replace(memory, failures=failures)
+    return replace(memory, failures=failures, submitted=memory.submitted.difference(names))
 
 
 def _revision(job: Job) -> str:

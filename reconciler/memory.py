@@ -1,10 +1,10 @@
 """How memory follows from what was seen and decided. Pure; losing memory restarts timers only."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 
 from reconciler.failures import learn_failures
-from reconciler.plan import BLIND, Plan, Reason, Status
+from reconciler.plan import BLIND, Plan, Reason, Status, Submit
 from reconciler.state import (
     UNREADABLE,
     Cause,
@@ -61,7 +61,7 @@ def unconfirmed(memory: Memory, at: float) -> bool:
 
 
 def remember(memory: Memory, plan: Plan, recipes: Iterable[Recipe] = ()) -> Memory:
-    """Return the memory with a clock for each replica that leaves, what serves, what was given up.
+    """Return the memory with what the plan begins: drains, submissions; what serves, what doesn't.
 
     `recipes` are those of the spec and what was found again of others; a model's wanted revision
     is kept once a replica of it is ready, any other that is ready only if nothing is kept.
@@ -74,8 +74,13 @@ def remember(memory: Memory, plan: Plan, recipes: Iterable[Recipe] = ()) -> Memo
         or DrainClock(since=plan.at, cause=_FAULTS.get(leaving.reason))
         for leaving in plan.leaving
     }
-    aborted = {one.model: one for one in plan.aborted}
-    return replace(memory, drains=drains, kept=_kept(memory, plan, recipes), aborted=aborted)
+    return replace(
+        memory,
+        drains=drains,
+        submitted=frozenset(one.name for one in plan.actions if isinstance(one, Submit)),
+        kept=_kept(memory, plan, recipes),
+        aborted={one.model: one for one in plan.aborted},
+    )
 
 
 def _kept(memory: Memory, plan: Plan, recipes: Iterable[Recipe]) -> Mapping[str, Recipe]:
@@ -189,8 +194,11 @@ def _routed(observation: Observation) -> frozenset[JobKey]:
 
 
 def _idle(memory: Memory, observation: Observation) -> Mapping[JobKey, DrainClock]:
-    drains = {}
+    """Return the drains' clocks; one that is routed to again, whoever did that, has none."""
+    routed, drains = _routed(observation), {}
     for key, clock in memory.drains.items():
+        if key in routed:
+            continue
         probe = observation.probes.get(key)
         idle = probe is not None and probe.ongoing == 0
         since = (clock.idle_since or observation.at) if idle else None
@@ -232,8 +240,12 @@ def _progress(memory: Memory, observation: Observation) -> Mapping[JobKey, Progr
 
 
 def _emptied_at(memory: Memory, observation: Observation) -> float | None:
-    known = _routed(observation) | memory.misses.keys() | memory.drains.keys()
-    listed = {job.key for job in observation.jobs or ()}
+    """Return since when all that is known is gone; before it was listed, a job has but its name."""
+    jobs = observation.jobs or ()
+    known: Set[object] = _routed(observation) | memory.misses.keys() | memory.drains.keys()
+    listed: Set[object] = {job.key for job in jobs}
+    if not known:
+        known, listed = memory.submitted, {job.name for job in jobs}
     if not known or known & listed:
         return None
     return memory.emptied_at if memory.emptied_at is not None else observation.at

@@ -24,6 +24,7 @@ class Reason(StrEnum):
     SURPLUS = "surplus"
     EXPIRING = "expiring"
     MAINTENANCE = "maintenance"
+    QUARANTINE_OVER = "quarantine over"
     ABORTED = "aborted"
 
 
@@ -57,6 +58,7 @@ class NoteKind(StrEnum):
     QUOTA = "quota"
     ABORTED = "aborted"
     FALLBACK = "fallback"
+    LEFT_OVER = "left over"  # of the cycle itself, so never in a plan that is only looked at
 
 
 # With one of these nothing at all was decided.

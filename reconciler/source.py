@@ -8,7 +8,7 @@ line and column is kept so that a mistake can be pointed at. Tags have no meanin
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +54,7 @@ class Source:
 
 def parse(file: str, text: str) -> Source:
     """Return the value of a YAML text. Mistakes come back as `problems`, never as an exception."""
-    reader = _Reader(file, yaml.parse(text, Loader=yaml.CSafeLoader))
+    reader = _Reader(file, yaml.CSafeLoader(text))
     try:
         value = reader.document()
     except _TooDeep as error:
@@ -92,11 +92,11 @@ class _Reader:
     makes of a value without one, and it costs as much again as parsing.
     """
 
-    def __init__(self, file: str, events: Iterator[Any]) -> None:
+    def __init__(self, file: str, parser: yaml.CSafeLoader) -> None:
         self.file = file
         self.positions: dict[Path, tuple[int, int]] = {}
         self.problems: list[Problem] = []
-        self._parser = events
+        self._parser = parser
         self._events: list[Any] = []  # as far as they were read; aliases go back among them
         self._at = 0
         self._anchors: dict[str, int] = {}  # name -> where its value begins among the events
@@ -116,7 +116,7 @@ class _Reader:
 
     def _peek(self) -> Any:
         if self._at == len(self._events):
-            self._events.append(next(self._parser))
+            self._events.append(self._parser.get_event())
         return self._events[self._at]
 
     def _next(self) -> Any:

@@ -93,6 +93,8 @@ class Job:
     comment: Comment | None  # None: unreadable, so nothing is known of its address
     exit_status: int | None = None  # of the batch script, once it has ended
     limit_s: int | None = None  # its walltime; None where Slurm has none
+    excluded: str = ""  # Slurm's list of the nodes that it avoids
+    gpus: int | None = None  # that it was submitted with; None where Slurm doesn't say
 
     @property
     def key(self) -> JobKey:
@@ -101,6 +103,16 @@ class Job:
     @property
     def node_names(self) -> tuple[str, ...]:
         return expand(self.nodes)
+
+    @property
+    def excluded_names(self) -> tuple[str, ...]:
+        return expand(self.excluded)
+
+    @property
+    def waits_for_nodes(self) -> bool:
+        """Whether it is its turn to start, by Slurm's word, and no node takes it."""
+        turn = self.reason == "Resources" or self.reason.startswith("ReqNodeNotAvail")
+        return self.phase is Phase.PENDING and turn
 
     @property
     def waits_for_reservation(self) -> bool:
@@ -385,5 +397,6 @@ class Memory:
     kept: Mapping[str, Recipe] = field(default_factory=dict)  # model -> what was ready last
     aborted: Mapping[str, Aborted] = field(default_factory=dict)  # model -> its canary
     maintenances: Maintenances | None = None  # while jobs wait for one
+    submitted: frozenset[ReplicaName] = frozenset()  # or about to be, when this was remembered
     emptied_at: float | None = None  # first look at which all known jobs were gone at once
     booted_at: float | None = None  # the clock that all these times were told by

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -194,6 +193,8 @@ def _create(file: Path, text: str) -> None:
 
 def _part(file: Path, text: str) -> Path:
     """Write a text beside its file, where no reader of the spec looks, and return it."""
+    import tempfile
+
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     with os.fdopen(handle, "w", encoding="utf-8") as part:
         part.write(text)

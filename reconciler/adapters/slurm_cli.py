@@ -26,7 +26,8 @@ _TIMEOUT_S = 20.0
 # squeue's names of the fields, in the order that `_job` takes them.
 _FIELDS = (
     *("JobID", "UserName", "State", "SubmitTime", "StartTime", "EndTime", "NodeList"),
-    *("Reason", "RestartCnt", "Name", "exit_code", "TimeLimit", "Comment"),
+    *("Reason", "RestartCnt", "Name", "exit_code", "TimeLimit", "NumNodes", "tres-per-node"),
+    *("ExcNodes", "Comment"),
 )
 
 # sbatch's words for "it may have been accepted" (slurm_errno.h; seen on 22.05 and 24.11).
@@ -37,6 +38,8 @@ _UNSURE = re.compile(
 )
 # scancel's words for a job that is COMPLETING or over, when it is to check a name (seen on 24.11).
 _OVER = re.compile(r"invalid job id|already completing or completed", re.IGNORECASE)
+# What sbatch was asked for of each node: `gres/gpu:2` on 24.11, `gres:gpu:2` before.
+_GPUS = re.compile(r"(?:^|,)(?:gres[/:])?gpu(?::[^:,]+)?:(\d{1,6})(?:,|$)")
 _SUBMITTED = re.compile(r"^(\d+)(?:;\S*)?$", re.MULTILINE)
 
 
@@ -162,7 +165,7 @@ def parse_reservations(output: str) -> Sequence[float]:
 
 def _job(record: Sequence[str], name: ReplicaName) -> Job:
     job_id, _, state, submitted, started, ends, nodes, reason, restarts, *more = record
-    _, status, limit, comment = more
+    _, status, limit, node_count, per_node, excluded, comment = more
     # The end of the record before stands in front of the first field.
     key, count = (_number(job_id.lstrip("\n")), _number(submitted)), _number(restarts)
     readable = bool(state) and None not in (*key, count)
@@ -179,7 +182,15 @@ def _job(record: Sequence[str], name: ReplicaName) -> Job:
         comment=parse_comment(comment) if readable else None,
         exit_status=_exit_status(status),
         limit_s=_seconds(limit),
+        excluded=excluded,
+        gpus=_gpus(_number(node_count), per_node),
     )
+
+
+def _gpus(nodes: int | None, per_node: str) -> int | None:
+    """Return how many GPUs sbatch was asked for; known also to a Slurm that accounts for none."""
+    match = _GPUS.search(per_node)
+    return None if match is None or nodes is None else nodes * int(match[1])
 
 
 def _seconds(text: str) -> int | None:

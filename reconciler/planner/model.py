@@ -27,6 +27,8 @@ from reconciler.state import (
 )
 
 MISSES_TO_REPLACE = 4
+# Of a node, by sinfo. A place in the queue is not given up for one that is full or gone.
+_WITH_ROOM = ("idle", "mixed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,6 +229,7 @@ def _leaving(case: _Case) -> list[tuple[Job, Reason]]:
     choose([job for job in starting if _is_late(model, job, seen)], Reason.STARTUP_TIMEOUT)
     too_long = [job for job in starting if _fits_before_maintenance(model, job, seen)]
     choose(too_long, Reason.MAINTENANCE)
+    choose([job for job in starting if _avoids_in_vain(job, seen)], Reason.QUARANTINE_OVER)
     healthy = [job for job in current if job.key not in chosen]
     surplus = max(0, len(healthy) - model.replicas)
     choose(sorted(healthy, key=lambda job: _victim_order(job, seen))[:surplus], Reason.SURPLUS)
@@ -423,6 +426,13 @@ def _excluded(model: Model, revision: str, seen: Seen) -> tuple[str, ...]:
     known = seen.observation.nodes
     avoided = [node for node in seen.quarantined if known is None or node in known]
     return () if known is not None and len(avoided) == len(known) else tuple(avoided)
+
+
+def _avoids_in_vain(job: Job, seen: Seen) -> bool:
+    """Whether a job waits for nodes, and avoids one with room that is in quarantine no more."""
+    words = seen.observation.nodes or {}
+    over = set(job.excluded_names) - seen.quarantined.keys()
+    return job.waits_for_nodes and any(words.get(name) in _WITH_ROOM for name in over)
 
 
 def _walltime_s(model: Model, ordinal: int, seen: Seen) -> int:

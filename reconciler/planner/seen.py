@@ -245,11 +245,13 @@ class Seen:
         return Status.SICK
 
     def _gpus(self, job: Job) -> int:
-        """GPUs that count against the budget; what is unreadable counts as the spec says."""
+        """GPUs that count against the budget; of an unreadable comment, what Slurm knows."""
         if job.phase is Phase.ENDING and self._node_is_down(job):
             return 0  # it serves nobody, and a dead node must not block its own replacement
         if job.comment is not None:
             return job.comment.gpus
+        if job.gpus is not None:
+            return job.gpus
         model = self.models.get(job.name.model)
         return model.resources.gpus_total if model else 1
 

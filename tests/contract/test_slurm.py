@@ -192,6 +192,17 @@ def test_a_waiting_job_has_no_node_and_no_start_in_the_past(cluster: Cluster) ->
     assert job.ends_at == job.started_at + 600
 
 
+def test_listing_says_what_a_job_was_submitted_with(cluster: Cluster) -> None:
+    """GPUs and the nodes that it avoids, by sbatch's own words, whatever its comment says."""
+    avoided = ",".join(cluster.nodes[:2])
+    job_id = cluster.slurm.submit(script(name(), REPLICA, HOLD, f"exclude={avoided}", gpus=2))
+    job = _known(cluster, job_id)
+    assert job.gpus == 2
+    assert job.excluded_names == tuple(cluster.nodes[:2])
+    other = cluster.slurm.submit(script(name(1), REPLICA, HOLD))
+    assert (_known(cluster, other).gpus, _known(cluster, other).excluded_names) == (1, ())
+
+
 def test_of_the_waiting_only_the_first_waits_for_resources(cluster: Cluster) -> None:
     """The others wait for their turn; both go away by waiting."""
     _fill(cluster, 4)

@@ -29,6 +29,7 @@
           "trap_ready": true, "draining": false, "succeeds": 10, "protect": false,
           "keys": ["aaaaaaaa", "bbbbbbbb"],   that it takes
           "comment": "unreadable",  a vandal was there
+          "excluded": "node7",      nodes that it avoids, as Slurm lists them
           "probe": "ready"}         or {"health": "ready", "ongoing": 3, "tokens": 5, "detail": ""}
 
     GATEWAY: {"name": "gateway",
@@ -264,7 +265,7 @@ def _job(
         *("id", "model", "ordinal", "revision", "state", "reason", "node", "gpus", "exit_status"),
         *("submitted", "limit", "started", "ends", "restarts", "published", "run_node", "ready"),
         *("trap_ready", "draining", "succeeds", "protect", "comment", "probe"),
-        "keys",
+        *("keys", "excluded"),
     )
     model = record.get("model", "chat")
     words = {"current": _revision(fleet, model), "old": OLD}
@@ -298,6 +299,8 @@ def _job(
         else _comment(fleet, record, submitted),
         exit_status=record.get("exit_status"),
         limit_s=int(record.get("limit", "24h")[:-1]) * _UNITS[record.get("limit", "24h")[-1]],
+        excluded=record.get("excluded", ""),
+        gpus=record.get("gpus"),
     )
 
 

@@ -45,7 +45,8 @@ def test_reason_occurs_in_a_scenario(reason: Reason) -> None:
     assert any(reason in reasons(scenario) for scenario in ALL)
 
 
-@pytest.mark.parametrize("kind", NoteKind)
+# What a cycle has left over is known when it is over: no plan of what was seen has it.
+@pytest.mark.parametrize("kind", [kind for kind in NoteKind if kind is not NoteKind.LEFT_OVER])
 def test_note_occurs_in_a_scenario(kind: NoteKind) -> None:
     """A new note needs its folder."""
     assert any(note.kind is kind for scenario in ALL for note in scenario.plan().notes)

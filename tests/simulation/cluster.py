@@ -109,7 +109,6 @@ class SimJob:
     engine: Engine | None = None
     told_at: float | None = None  # when the reconciler told it to drain
     listed: bool = False  # a listing has shown it to the reconciler
-    legible: bool = True  # its comment could be read there
     remembered: bool = False  # and the reconciler's process knows that
     saved: bool = False  # and so does the next one
     cancelled_at: float | None = None
@@ -181,8 +180,6 @@ class Cluster:
         self.kill_wait_s = 30.0
         self.up = True
         self.maintenance_at: float | None = None  # nothing may run into it
-        # Asked whether a job that fits only where it must not run has to wait.
-        self.excludes: Callable[[], bool] = lambda: True
         self.jobs: dict[int, SimJob] = {}  # by id: what slurmctld knows, ended ones for a while
         self.engines: dict[str, SimJob] = {}  # by address
         self.nodes = [
@@ -319,7 +316,6 @@ class Cluster:
         fit = [node for node in self.nodes if self._could_run(node, job)]
         usable = [node for node in fit if node.usable]
         node = next((node for node in usable if node.free >= job.gpus), None)
-        node = node or self._forbidden_node(job)
         if job.held:
             job.reason = "JobHeldUser"
         elif job.walltime_s > job.limit_s:
@@ -365,12 +361,6 @@ class Cluster:
         if begin is None or now >= begin + MAINTENANCE_S:
             return False
         return now + job.walltime_s > begin
-
-    def _forbidden_node(self, job: SimJob) -> Node | None:
-        """A node that the job must not run on and could, where that is excused."""
-        fit = [node for node in self.nodes if node.usable and node.free >= job.gpus]
-        excluded = next((node for node in fit if node.name in job.exclude), None)
-        return excluded if excluded is not None and not self.excludes() else None
 
     def _start(self, job: SimJob, node: Node) -> None:
         node.free -= job.gpus

@@ -200,6 +200,17 @@ def _priority_wait(world: SimWorld, pick: int, amount: int) -> bool:
     return True
 
 
+def _excluded(world: SimWorld, pick: int, amount: int) -> bool:
+    """`scontrol update ExcNodeList` by its owner: a waiting job avoids all nodes but one."""
+    job = _picked(_pending(world), pick)
+    if job is None:
+        return False
+    names = [node.name for node in world.cluster.nodes]
+    job.exclude = frozenset(names) - {names[amount % len(names)]}
+    world.cluster.kick()
+    return True
+
+
 def _strange_state(world: SimWorld, pick: int, amount: int) -> bool:
     job = _picked((j for j in world.cluster.ours if j.state == "RUNNING"), pick)
     if job is None:
@@ -458,6 +469,7 @@ STRIKES: dict[str, World] = {
     "cancelled_by_hand": _cancelled_by_hand,
     "held": _held,
     "priority_wait": _priority_wait,
+    "excluded": _excluded,
     "strange_state": _strange_state,
     "vandalised": _vandalised,
     "ctld_down": _ctld_down,
@@ -498,6 +510,7 @@ _WEIGHTS = {
     "edit_version": 6.0,
     "edit_replicas": 5.0,
     "edit_fixed": 3.0,
+    "excluded": 3.0,
     "submit_lost_late": 3.0,
     "submit_lost_now": 3.0,
     "change_lingers": 3.0,

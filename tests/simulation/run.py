@@ -55,6 +55,7 @@ class Result:
     notes: Counter[str] = field(default_factory=Counter)
     excuses: Counter[str] = field(default_factory=Counter)
     settled_after_s: float = 0.0
+    held_back: bool = False  # by its spec: see _may_take_no_step
 
     @property
     def script(self) -> str:
@@ -63,8 +64,8 @@ class Result:
         return "\n".join(lines) + "\n"
 
 
-class Excused(Exception):
-    """The run can't go on, for a known gap."""
+class HeldBack(Exception):
+    """The spec itself lets the run go no further."""
 
 
 class Simulation:
@@ -116,8 +117,8 @@ class Simulation:
             self._settle()
             if self._seed % 3 == 0:
                 self._release_badly()
-        except Excused:
-            pass
+        except HeldBack:
+            self.result.held_back = True
         except Violation as violation:
             self.result.violation = violation
         self.result.violation = self.invariants.violation or self.result.violation
@@ -232,7 +233,6 @@ class Simulation:
             gateway.unreachable_until = now
         cluster.up = True
         cluster.maintenance_at = None
-        cluster.excludes = lambda: not self.invariants.excused("quarantine")
         for node in cluster.nodes:
             cluster.restore_power(node)
             cluster.resume_node(node)
@@ -271,17 +271,28 @@ class Simulation:
             elif quiet:
                 raise Violation(0, f"settled, and yet: {unlike}")
             elif self.timeline.now - began > SETTLES_WITHIN_S:
-                if self._old_is_larger() and self.invariants.excused("shape"):
-                    raise Excused
+                if self._may_take_no_step():
+                    raise HeldBack
                 raise Violation(0, f"not settled after an hour of calm: {unlike}")
 
-    def _old_is_larger(self) -> bool:
-        """Whether there is no room in the budget for as long as a replica of older needs serves."""
-        notes = self._plan.notes if self._plan is not None else ()
-        needs = {model.name: model.resources.gpus for model in self.spec.fleet.models}
-        ours = self.world.cluster.ours
-        larger = any(job.gpus > needs.get(job.name.split(".")[1], job.gpus) for job in ours)
-        return larger and any(note.kind is NoteKind.BUDGET for note in notes)
+    def _may_take_no_step(self) -> bool:
+        """Whether the spec forbids both steps that a rollout could take, and the plan says so.
+
+        The last replica of a model still holds the GPUs of its old, larger shape. There is no room
+        for a new one in the budget, and with `max_unavailable: 0` the old one must not go first.
+        """
+        fleet = self.spec.fleet
+        if self._plan is None or fleet.defaults.rollout.max_unavailable:
+            return False
+        needs = {model.name: model.resources.gpus for model in fleet.models}
+        jobs = ((job.name.split(".")[1], job.gpus) for job in self.world.cluster.ours)
+        larger = {name for name, gpus in jobs if gpus > needs.get(name, gpus)}
+        return any(
+            note.kind is NoteKind.BUDGET
+            and "rollout.max_unavailable" in note.text
+            and note.subject.split(".")[1] in larger
+            for note in self._plan.notes
+        )
 
     def _release_badly(self) -> None:
         """Invariants 8 and 9: a revision that never serves costs its model and the others nothing.

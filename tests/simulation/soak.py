@@ -14,13 +14,28 @@ from tests.simulation.run import Result, simulate
 
 # A rule that was never tried is not known to hold: everything must have occurred so often.
 LEAST = 20
-# Simulated gateways write no log, and nobody there has a budget of tokens.
-_UNSIMULATED = {NoteKind.FALLBACK, NoteKind.LOG, NoteKind.QUOTA}
+# Simulated gateways write no log, and nobody there has a budget of tokens. What a cycle leaves over
+# is told after its plan, and these are the plans' notes.
+_UNSIMULATED = {NoteKind.FALLBACK, NoteKind.LEFT_OVER, NoteKind.LOG, NoteKind.QUOTA}
 BOUNDARIES = tuple(
     f"{side} {call}"
     for call in ("submit", "change", "drain", "cancel", "save")
     for side in ("before", "after")
 )
+
+_NO_MISTAKES = """\
+* **A clock that is ahead.** A walltime's last moment comes by the clock of the reconciler's
+  host: it knows no other. One ahead of Slurm's (munge refuses whom it finds more than five
+  minutes off) lets a replica without a ready successor go so early. It drains like any other,
+  so no request is cut. What Slurm answers proves no offset that a lagging listing could not
+  fake, and one that is wrongly believed would cut drains short.
+* **A spec that allows no step.** A model's last replica holds the GPUs of its old, larger
+  shape, the budget has no room beside it, and `max_unavailable: 0` forbids that it goes first.
+  It serves on, and the plan's note names `rollout.max_unavailable`.
+* **Jobs that nothing tells of.** An empty listing is suspicious if the memory knows a job,
+  submitted one or was about to, or if a gateway routes to one. Where the memory is lost and
+  nothing is routed, no trace of them is left to miss; Slurm runs no second job of a name all
+  the same."""
 
 
 @dataclass(slots=True)
@@ -37,6 +52,7 @@ class Totals:
     notes: Counter[str] = field(default_factory=Counter)
     excuses: Counter[str] = field(default_factory=Counter)
     excused_seeds: int = 0
+    held_back: int = 0
 
     def add(self, result: Result) -> None:
         """Add one run."""
@@ -51,6 +67,7 @@ class Totals:
         self.notes += result.notes
         self.excuses += result.excuses
         self.excused_seeds += bool(result.excuses)
+        self.held_back += result.held_back
 
     def missing(self, least: int = LEAST) -> list[str]:
         """Return what has occurred too seldom for the run to mean much."""
@@ -97,6 +114,7 @@ class Totals:
             f"| cycles | {self.cycles} |",
             f"| seeds that failed | {failed} |",
             f"| seeds that needed an excuse | {self.excused_seeds} |",
+            f"| seeds that their spec let go no further | {self.held_back} |",
             f"| slowest to settle after the last fault | {self.slowest_s:.0f} s |",
             "",
             "## What is not done yet",
@@ -107,6 +125,10 @@ class Totals:
             "| gap | what happens | let pass |",
             "|---|---|---:|",
             *(f"| {gap} | {text} | {count} |" for gap, text, count in gaps),
+            "",
+            "## What is called no mistake",
+            "",
+            _NO_MISTAKES,
         ]
         for title, counts in self._counts():
             lines += ["", f"## {title.capitalize()}", "", f"{_words(counts)}."]

@@ -6,6 +6,7 @@ must be of one of the invariants that the rule serves.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,8 +26,9 @@ from reconciler.observe import observe
 from reconciler.plan import Cancel, Drain, Status, Submit
 from reconciler.planner.model import Part
 from reconciler.planner.seen import Seen
-from reconciler.state import Job, JobKey, Observation
+from reconciler.state import Job, JobKey, Memory, Observation
 from tests.simulation.run import simulate
+from tests.simulation.script import read_script
 
 # How many runs may pass before a mutation is noticed, and how long they are.
 SEEDS = range(60)
@@ -50,6 +52,20 @@ def emptiness_believed(patch: Patch) -> None:
     """That every job is gone at once is believed at first sight."""
     patch.setattr(reconciler.planner, "unconfirmed", lambda *_: False)
     patch.setattr(reconciler.memory, "unconfirmed", lambda *_: False)
+
+
+def submissions_forgotten(patch: Patch) -> None:
+    """What was submitted is known only once a listing has shown it."""
+
+    def remember(*arguments: Any) -> Memory:
+        return replace(reconciler.memory.remember(*arguments), submitted=frozenset())
+
+    patch.setattr(reconciler.cycle, "remember", remember)
+
+
+def avoided_for_ever(patch: Patch) -> None:
+    """A job that waits avoids the nodes of its submission, whatever becomes of them."""
+    patch.setattr(reconciler.planner.model, "_avoids_in_vain", lambda *_: False)
 
 
 def observer_trusted(patch: Patch) -> None:
@@ -273,6 +289,7 @@ def verified_one_by_one(patch: Patch) -> None:
 MUTATIONS: Mapping[Break, frozenset[int]] = {
     absent_when_unknown: frozenset({1}),
     emptiness_believed: frozenset({1}),
+    avoided_for_ever: frozenset({0}),
     observer_trusted: frozenset({1}),
     no_singleton: frozenset({2}),
     submitted_again: frozenset({2}),
@@ -307,3 +324,21 @@ def test_a_broken_rule_is_noticed(mutation: Break, monkeypatch: Patch) -> None:
             assert violation.number in MUTATIONS[mutation], str(violation)
             return
     pytest.fail(f"{mutation.__doc__} Nobody noticed in {len(SEEDS)} runs.")
+
+
+# What so few runs meet by chance, by the named case that is about it.
+RARE: Mapping[Break, tuple[str, int]] = {
+    submissions_forgotten: ("submitted_jobs_vanish", 1),
+}
+
+
+@pytest.mark.parametrize("mutation", RARE, ids=lambda mutation: mutation.__name__)
+def test_a_rule_that_is_seldom_needed_is_noticed(mutation: Break, monkeypatch: Patch) -> None:
+    """The named case, which holds otherwise, violates the invariant that the rule serves."""
+    mutation(monkeypatch)
+    name, number = RARE[mutation]
+    path = Path(__file__).parent / "cases" / f"{name}.txt"
+    script = read_script(path.read_text(encoding="utf-8"))
+    violation = simulate(script.seed, script.cycles, script.events).violation
+    assert violation is not None
+    assert violation.number == number

@@ -21,7 +21,6 @@ from reconciler.errors import (
     SubmitRejected,
     SubmitUnknown,
 )
-from reconciler.naming import parse_comment
 from reconciler.observe import World
 from reconciler.plan import Action, JobRef
 from reconciler.routes import GatewayFiles
@@ -65,7 +64,7 @@ class Cycle:
     believable: bool = False  # the plan's listing was whole and true
     garbled: int | None = None  # the job whose record could not be read
     suspicious: bool = False  # the reconciler waits for one more look, and will believe that
-    hidden: bool = False  # the listing was empty, and nothing saved says that there were jobs
+    hidden: bool = False  # the listing was empty, and no memory or gateway tells of any job
     cut: bool = False  # no probe got out
     views: tuple[GatewayView, ...] = ()
     probes: Mapping[JobKey, Probe] = field(default_factory=dict)
@@ -217,15 +216,19 @@ class SimSlurm:
             world.lied = world.lied or lie or world.cycle.garbled is not None
             listing = slurm_cli.parse_listing(text, mark=mark, fleet=fleet, user=USER)
             if lie:
-                world.cycle.hidden = not any(job.remembered for job in world.cluster.ours)
+                world.cycle.hidden = not self._missed()
             # What the executor's second listing shows, the plan does not know.
             if first and not lie:
                 world.cycle.believable = True
                 for job in world.cluster.jobs.values():
                     job.listed = True
-                    legible = parse_comment(job.comment) is not None
-                    job.legible = legible and job.id != world.cycle.garbled
             return listing
+
+    def _missed(self) -> bool:
+        """Whether the reconciler has been told of any of the jobs that there are."""
+        world = self.world
+        routed = any(view.targets for view in world.cycle.views)
+        return routed or any(job.remembered for job in world.cluster.ours)
 
     def _text(self, mark: str) -> str:
         """What squeue prints: the fields in the adapter's order, each with the mark behind it."""
@@ -280,6 +283,8 @@ class SimSlurm:
                 world.timeline.after(delay_s, lambda: self._land(script))
                 raise SubmitUnknown("sbatch gave no answer in 20 s")
             job = world.cluster.accept(script)
+            # By its name: the cycle has saved what it is about to submit, or could not.
+            job.remembered, job.saved = True, world.unsaved is None
             world.watch.accepted(job)
             if world.strikes("submit_lost_now"):
                 raise SubmitUnknown("sbatch: Socket timed out on send/recv operation")
@@ -336,6 +341,9 @@ def _record(job: SimJob) -> dict[str, str]:
         "RestartCnt": str(job.restarts),
         "exit_code": f"{job.exit_status}:0",
         "TimeLimit": slurm_time(job.walltime_s),
+        "NumNodes": "1",
+        "tres-per-node": f"gres/gpu:{job.gpus}",
+        "ExcNodes": ",".join(sorted(job.exclude)),
         "Name": job.name,
         "Comment": job.comment,
     }
@@ -518,7 +526,6 @@ class SimStore:
         with self.world.call("load"):
             if self.world.strikes("memory_lost"):
                 self.world.memory, self.world.unsaved = Memory(), None
-                self.world.cycle.hidden = True
                 for job in self.world.cluster.jobs.values():
                     job.remembered = job.saved = False
             return self.world.unsaved or self.world.memory

@@ -10,7 +10,7 @@ from reconciler.adapters.ports import ImagePin
 from reconciler.batch import batch_script
 from reconciler.cycle import cycle
 from reconciler.observe import World
-from reconciler.plan import Reason, Submit
+from reconciler.plan import NoteKind, Reason, Submit
 from reconciler.state import Health, Memory, Probe, Recipe
 from tests.unit.build import AT, DIGEST, fleet, job, model_record, revision
 from tests.unit.test_execute import FakeJournal, FakeWorld
@@ -33,6 +33,17 @@ def test_R32_full_disk_is_reported_and_the_fleet_is_healed() -> None:
         "memory: state.sqlite can't be written: disk is full",
         "journal: state.sqlite can't be written: disk is full",
     )
+
+
+def test_what_a_cycle_leaves_over_is_a_note_of_its_plan() -> None:
+    """`apply` shows it, in text and in JSON, beside what is held back."""
+    fake = FakeWorld()
+    outcome = cycle(
+        fleet(), world(fake), at=AT, commit=None, say=lambda _: None, told_to_end=lambda: True
+    )
+    [note] = [note for note in outcome.plan.notes if note.kind is NoteKind.LEFT_OVER]
+    assert note.text == "2 of 2 actions left for the next cycle: told to end"
+    assert outcome.errors == (note.text,)
 
 
 def test_memory_is_saved_before_anything_is_done() -> None:

@@ -21,7 +21,18 @@ from reconciler.errors import (
 )
 from reconciler.execute import DEADLINE_S, execute
 from reconciler.observe import World
-from reconciler.plan import Action, Cancel, Drain, JobRef, NoteKind, Plan, Reason, Route, Submit
+from reconciler.plan import (
+    Action,
+    Cancel,
+    Drain,
+    JobRef,
+    Note,
+    NoteKind,
+    Plan,
+    Reason,
+    Route,
+    Submit,
+)
 from reconciler.planner import plan
 from reconciler.routes import AUTHORITY_FILE, KEY_FILE, GatewayFiles
 from reconciler.state import GatewayView, Job, Memory, Recipe, Trial, Trust, Usage
@@ -267,8 +278,21 @@ def test_actions_past_the_deadline_are_left_for_the_next_cycle() -> None:
         say=lambda _: None,
         clock=lambda: next(times),
     )
-    assert list(done.errors) == ["1 of 3 actions left for the next cycle: this one took too long"]
+    line = "1 of 3 actions left for the next cycle: this one took too long"
+    assert list(done.errors) == [line]
+    assert done.left_over == (Note(kind=NoteKind.LEFT_OVER, subject="cycle", text=line),)
     assert len(fake.done) == 2
+
+
+def test_submissions_without_an_answer_are_left_over() -> None:
+    """Slurm's rate limiter lets some of many wait for too long: a note says how many there were."""
+    submits = plan(FLEET, observation(), Memory()).actions
+    slow = SubmitUnknown("sbatch gave no answer in 20 s")
+    fails: dict[str, FleetError] = {f"submit demo.tiny.{REV}.{at}": slow for at in (0, 1)}
+    world = FakeWorld(fail=fails).world()
+    done = execute(made(*submits), FLEET, world, RECIPES, say=lambda _: None)
+    [note] = done.left_over
+    assert note.text.startswith("2 of 3 actions had no answer in time")
 
 
 @dataclass

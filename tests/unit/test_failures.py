@@ -20,10 +20,20 @@ from reconciler.failures import (
 )
 from reconciler.memory import learn
 from reconciler.naming import ReplicaName
-from reconciler.plan import NoteKind, Submit
+from reconciler.plan import NoteKind, Reason, Submit
 from reconciler.planner import plan
 from reconciler.state import PHASES, Cause, DrainClock, Failure, Failures, Job, Memory, Phase
-from tests.unit.build import AT, fleet, job, observation, revision, submits, view
+from tests.unit.build import (
+    AT,
+    ended,
+    fleet,
+    job,
+    model_record,
+    observation,
+    revision,
+    submits,
+    view,
+)
 
 FLEET = fleet()
 REV = revision(FLEET)
@@ -202,6 +212,35 @@ def test_node_where_alone_jobs_fail_is_avoided_for_a_while() -> None:
     excluded = [action.exclude for action in decided.actions if isinstance(action, Submit)]
     assert excluded == [("node1",), ("node1",)]
     assert NoteKind.QUARANTINE in {note.kind for note in decided.notes}
+
+
+@pytest.mark.parametrize(
+    ("excluded", "reason", "word", "replaced"),
+    [
+        ("node1", "Resources", "idle", True),
+        ("node[1-2]", "ReqNodeNotAvail, UnavailableNodes:node3", "mixed", True),
+        ("node1", "Priority", "idle", False),  # not its turn: its place in the queue is worth more
+        ("node1", "Resources", "allocated", False),  # nothing is gained
+        ("node1", "Resources", "drained", False),
+        ("node2", "Resources", "idle", False),  # still in quarantine
+        ("", "Resources", "idle", False),
+    ],
+)
+def test_job_that_waits_for_nodes_avoids_none_in_vain(
+    excluded: str, reason: str, word: str, replaced: bool
+) -> None:
+    """A quarantine ends, and the nodes that a job avoids are those of its submission."""
+    one = fleet(model_record(replicas=1))
+    waiting = job(revision(one), state="PENDING", reason=reason)
+    node2 = _failures(_failure(Cause.ENGINE, "node2"), _failure(Cause.ENGINE, "node2"))
+    seen = observation(
+        replace(waiting, excluded=excluded),
+        gateways=[view(one)],
+        nodes={"node1": word, "node2": "idle", "node3": "drained"},
+    )
+    decided = plan(one, seen, Memory(failures={f"other.{REV}": node2}))
+    assert ended(decided) == ({1: f"cancel: {Reason.QUARANTINE_OVER}"} if replaced else {})
+    assert [submit.exclude for submit in submits(decided)] == ([("node2",)] if replaced else [])
 
 
 def test_node_that_had_a_part_in_each_failure_is_avoided() -> None:

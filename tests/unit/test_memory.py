@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
+from reconciler.failures import learn_refusals
 from reconciler.memory import CONFIRM_S, learn, remember, unconfirmed
+from reconciler.plan import Submit
 from reconciler.planner import plan
 from reconciler.state import DrainClock, Failures, Health, Job, Memory, Observation
 from tests.unit.build import AT, fleet, job, model_record, observation, revision, view
@@ -60,6 +62,12 @@ def test_idle_time_begins_with_the_first_idle_look_and_ends_with_a_request() -> 
         assert memory.drains == {ONE.key: DrainClock(since=AT, idle_since=idle_since)}
 
 
+def test_drain_clock_is_void_once_a_gateway_routes_to_the_replica_again() -> None:
+    """Another process changed its mind and could not save it, or a gateway is back as it was."""
+    memory = Memory(drains={ONE.key: DrainClock(since=AT - 500)})
+    assert learn(memory, observation(ONE, gateways=[view(FLEET, ONE)])).drains == {}
+
+
 def test_drain_clock_is_forgotten_when_the_replica_stays() -> None:
     """A change of mind ends the drain; the next one starts anew."""
     memory = Memory(drains={ONE.key: DrainClock(since=AT)})
@@ -82,6 +90,26 @@ def test_R02_suspicion_needs_a_job_that_was_known() -> None:
     for memory, routed in known:
         assert learn(memory, empty(AT, *routed)).emptied_at == AT
     assert learn(NOTHING, empty(AT)).emptied_at is None
+
+
+def test_R02_jobs_that_were_never_listed_are_known_by_their_names() -> None:
+    """What is submitted is remembered before it is done, so also if the process ends in it."""
+    decided = plan(FLEET, empty(AT), NOTHING)
+    names = {action.name for action in decided.actions if isinstance(action, Submit)}
+    memory = remember(NOTHING, decided)
+    assert memory.submitted == names != set()
+    gone = learn(memory, empty(AT + 1))
+    assert gone.emptied_at == AT + 1
+    blind = plan(FLEET, empty(AT + 1), gone)
+    assert not blind.actions
+    assert remember(gone, blind).submitted == names
+    assert learn(memory, observation(ONE, at=AT + 1)).emptied_at is None
+
+
+def test_R02_what_slurm_refused_is_missed_by_nobody() -> None:
+    """The next cycle may submit again at once, as far as its back-off lets it."""
+    memory = Memory(submitted=frozenset({ONE.name}))
+    assert learn(learn_refusals(memory, [ONE.name], AT), empty(AT + 1)).emptied_at is None
 
 
 def test_R02_suspicious_listing_teaches_nothing_until_it_is_confirmed() -> None:

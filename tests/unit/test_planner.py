@@ -198,6 +198,12 @@ def test_replica_of_several_nodes_is_routed_at_its_first_ones_address() -> None:
     assert moved.run is None
 
 
+def test_budget_counts_an_unreadable_job_as_slurm_says() -> None:
+    """It was submitted with more than its model has by now: a vandal's comment frees nothing."""
+    seen = observation(replace(job(REV, vandalised=True), gpus=3))
+    assert plan(FLEET, seen, Memory()).gpus_held == 3
+
+
 def test_budget_counts_an_unreadable_job_as_its_model_says() -> None:
     """Unknown is never absent: a vandalised comment frees no GPU."""
     wanted = fleet(model_record(resources={"gpus": 3, "memory": "1G"}, replicas=1))

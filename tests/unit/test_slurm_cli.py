@@ -40,6 +40,9 @@ FIELDS: dict[str, str] = {
     "name": str(NAME),
     "status": "0:0",
     "limit": "4:00:00",
+    "node_count": "1",
+    "per_node": "gres/gpu:1",
+    "excluded": "",
     "comment": comment_text(node="node1"),
 }
 
@@ -81,6 +84,31 @@ def test_R07_walltime_of_a_job_is_read(text: str, limit_s: int | None) -> None:
     """A job without a limit has none."""
     [job] = listing(line(limit=text)).jobs
     assert job.limit_s == limit_s
+
+
+@pytest.mark.parametrize(
+    ("count", "per_node", "gpus"),
+    [
+        ("1", "gres/gpu:2", 2),  # 24.11
+        ("2", "gres:gpu:4", 8),  # 22.05
+        ("1", "gres/gpu:a100:3", 3),
+        ("1", "gres/shard:8,gres/gpu:1", 1),
+        ("1", "N/A", None),
+        ("", "gres/gpu:2", None),
+    ],
+)
+def test_gpus_that_a_job_was_submitted_with_are_read(
+    count: str, per_node: str, gpus: int | None
+) -> None:
+    """They count where the comment can't be read: a comment is the job's own, and a vandal's."""
+    [job] = listing(line(node_count=count, per_node=per_node, comment="?")).jobs
+    assert job.gpus == gpus
+
+
+def test_nodes_that_a_job_avoids_are_read() -> None:
+    """Slurm writes them as it writes all lists of nodes."""
+    [job] = listing(line(excluded="gpu[1-2]")).jobs
+    assert job.excluded_names == ("gpu1", "gpu2")
 
 
 # As `scontrol show reservation --oneliner` printed it on 24.11, with SLURM_TIME_FORMAT=%s.

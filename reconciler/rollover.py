@@ -14,19 +14,24 @@ from reconciler.state import Job, JobKey
 MARGIN_S = 60.0
 # Before a model's first measured start: a busy queue and a large model.
 LEAD_DEFAULT_S = 600.0
-# A few measurements don't tell how long it takes on a bad day.
+# A few measurements don't tell how long it takes on a bad day, nor how late a busy host is.
 LEAD_SPARE = 2.0
+LEAD_LEAST_S = 30.0
 # Replicas that start together must not end together: each ordinal gets so much less walltime.
 STAGGER = 0.025
 STAGGERED = 8
 
 
 def lead_s(leads: Sequence[float]) -> float:
-    """Return LEAD_SPARE times the 90th percentile of what was measured; a default without any."""
+    """Return LEAD_SPARE times the 90th percentile of what was measured, LEAD_LEAST_S at least.
+
+    Without any measurement it is LEAD_DEFAULT_S.
+    """
     if not leads:
         return LEAD_DEFAULT_S
     ordered = sorted(leads)
-    return LEAD_SPARE * ordered[min(len(ordered) - 1, math.ceil(0.9 * len(ordered)) - 1)]
+    measured = ordered[min(len(ordered) - 1, math.ceil(0.9 * len(ordered)) - 1)]
+    return max(LEAD_LEAST_S, LEAD_SPARE * measured)
 
 
 def due(

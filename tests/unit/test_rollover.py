@@ -8,6 +8,7 @@ from reconciler.planner import plan
 from reconciler.planner.seen import HUNG_S
 from reconciler.rollover import (
     LEAD_DEFAULT_S,
+    LEAD_LEAST_S,
     LEAD_SPARE,
     MARGIN_S,
     due,
@@ -50,7 +51,8 @@ def submits(*jobs: Job, remembered: Memory | None = None) -> list[Submit]:
 
 def test_lead_is_a_high_percentile_of_what_was_measured() -> None:
     """Nine of ten starts were quicker, and a bad day has its spare; without any a default holds."""
-    assert lead_s([float(n) for n in range(1, 11)]) == LEAD_SPARE * 9.0
+    assert lead_s([10.0 * n for n in range(1, 11)]) == LEAD_SPARE * 90.0
+    assert lead_s([1.0]) == LEAD_LEAST_S
     assert lead_s(()) == LEAD_DEFAULT_S
 
 

@@ -74,10 +74,13 @@ def remember(memory: Memory, plan: Plan, recipes: Iterable[Recipe] = ()) -> Memo
         or DrainClock(since=plan.at, cause=_FAULTS.get(leaving.reason))
         for leaving in plan.leaving
     }
+    submitted = frozenset(one.name for one in plan.actions if isinstance(one, Submit))
     return replace(
         memory,
         drains=drains,
-        submitted=frozenset(one.name for one in plan.actions if isinstance(one, Submit)),
+        submitted=submitted,
+        # That what was known is gone has been confirmed: not that this will be.
+        emptied_at=None if submitted else memory.emptied_at,
         kept=_kept(memory, plan, recipes),
         aborted={one.model: one for one in plan.aborted},
     )

@@ -106,6 +106,18 @@ def test_R02_jobs_that_were_never_listed_are_known_by_their_names() -> None:
     assert learn(memory, observation(ONE, at=AT + 1)).emptied_at is None
 
 
+def test_R02_confirmed_emptiness_says_nothing_of_what_is_submitted_then() -> None:
+    """It is believed once; the jobs that are submitted on that belief are missed anew."""
+    known = Memory(submitted=frozenset({ONE.name}))
+    believed = learn(learn(known, empty(AT)), empty(AT + CONFIRM_S))
+    decided = plan(FLEET, empty(AT + CONFIRM_S), believed)
+    assert any(isinstance(action, Submit) for action in decided.actions)
+    later = AT + CONFIRM_S + 1
+    memory = learn(remember(believed, decided), empty(later))
+    assert memory.emptied_at == later
+    assert not plan(FLEET, empty(later), memory).actions
+
+
 def test_R02_what_slurm_refused_is_missed_by_nobody() -> None:
     """The next cycle may submit again at once, as far as its back-off lets it."""
     memory = Memory(submitted=frozenset({ONE.name}))

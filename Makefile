@@ -6,9 +6,9 @@ PYTHON := python3
 VENV := $(CACHE)/venv-$(shell { cat requirements-dev.lock; $(PYTHON) -VV; } | sha256sum | cut -c1-12)
 ENGINE := vllm
 PYTEST := .venv/bin/python -m pytest
-# The tests wait for Slurm far more than they compute, so four run at once; not so those of the real
+# The tests wait for Slurm far more than they compute, so five run at once; not so those of the real
 # engine, which alone keeps both cores busy.
-PARALLEL := --numprocesses=4 --dist=loadgroup
+PARALLEL := --numprocesses=5 --dist=loadgroup
 ALONE := vllm
 
 .PHONY: help demo test soak bench lint venv packages lab-down clean
@@ -26,8 +26,7 @@ test: packages ## run all tests: unit, contract on real Slurm, end to end, real 
 	$(PYTEST) -k $(ALONE)
 
 soak: packages ## run what takes long: many kills, reloads, requests, seeds
-	SOAK=1 $(PYTEST) $(PARALLEL) tests/e2e/test_kills.py tests/e2e/test_gateway_changes.py \
-		tests/e2e/test_gateway_models.py
+	SOAK=1 $(PYTEST) $(PARALLEL) -k 'not $(ALONE)' tests/e2e
 	.venv/bin/python -m tests.simulation --soak 5000
 
 bench: packages ## print how fast plan(), the command line, a cycle of 1,000 jobs and the gateway are, as ratios

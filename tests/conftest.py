@@ -1,7 +1,7 @@
 """The labs that tests run on, and the rule that no test is ever skipped."""
 
+import os
 from collections.abc import Iterator
-from os import getpid
 
 import pytest
 
@@ -14,14 +14,14 @@ _skipped: list[str] = []
 @pytest.fixture(scope="session")
 def lab() -> Iterator[Lab]:
     """One running lab of four nodes for tests that leave it as they found it."""
-    with Lab.start(f"test-{getpid()}") as running:
+    with Lab.start(f"test-{os.getpid()}") as running:
         yield running
 
 
 @pytest.fixture
 def own_lab() -> Iterator[Lab]:
     """A lab of its own, for tests that cut cables, stop daemons or fill the gateway."""
-    with Lab.start(f"own-{getpid()}") as running:
+    with Lab.start(f"own-{os.getpid()}") as running:
         yield running
 
 
@@ -32,11 +32,15 @@ def fleet(own_lab: Lab) -> Fleet:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests run side by side; those that share a lab or its name stay on one worker.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What takes long runs in `make soak`. Tests that share a lab or its name stay on one worker.
 
     First, because pytest-xdist reads the marks in a hook of the same name.
     """
+    if not os.environ.get("SOAK"):
+        late = [item for item in items if item.get_closest_marker("soak")]
+        config.hook.pytest_deselected(items=late)
+        items[:] = [item for item in items if item not in late]
     for item in items:
         # Of these each file has a gateway of its own.
         file = item.path.stem

@@ -23,7 +23,7 @@ GPUS_PER_NODE = 4
 # As tests/lab/files/slurm.conf has them.
 MIN_JOB_AGE_S, KILL_WAIT_S, NODE_TIMEOUT_S = 10.0, 5.0, 20.0
 # Slurm looks for jobs out of walltime twice a minute; what a test waits for comes sooner than that.
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)

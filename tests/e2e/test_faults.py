@@ -24,7 +24,7 @@ def _during(fleet: Fleet, change: Callable[[], object]) -> list[str]:
     """Make a change with requests in flight and `fleet run` at work; return what was lost."""
 
     async def go() -> Load:
-        async with in_flight(fleet.url, "tiny", plain=4, streams=4, tokens=250) as load:
+        async with in_flight(fleet.url, "tiny", plain=4, streams=4, tokens=100) as load:
             await asyncio.to_thread(change)
         return load
 
@@ -120,7 +120,7 @@ def test_a_cut_between_gateway_and_node_costs_only_streams_begun_there(served: F
         assert lost(under_load(served, lambda: None)) == []
 
     with running(served):
-        requests = under_load(served, cut, streams=4, tokens=300)
+        requests = under_load(served, cut, streams=4, tokens=120)
         assert "nothing to do" in served.run("plan")
         served.lab.mend_between("gateway", node)
         assert lost(under_load(served, lambda: None)) == []
@@ -132,6 +132,7 @@ def test_a_cut_between_gateway_and_node_costs_only_streams_begun_there(served: F
     assert_settled(served, replicas=2)
 
 
+@pytest.mark.soak
 def test_a_cut_between_login_and_node_costs_nothing(served: Fleet) -> None:
     """Unheard of is not dead: the gateway still reaches it, so what it was sent ends whole.
 
@@ -150,7 +151,7 @@ def test_a_cut_between_login_and_node_costs_nothing(served: Fleet) -> None:
         wait_for("it to come back", lambda: len(routed(served)) == 2, timeout_s=60)
 
     with running(served):
-        assert lost(under_load(served, cut_and_mend, streams=4, tokens=300)) == []
+        assert lost(under_load(served, cut_and_mend, streams=4, tokens=120)) == []
     assert live(served) == before
     assert_settled(served, replicas=2)
 
@@ -186,7 +187,7 @@ def test_R31_a_clock_that_jumps_during_a_drain_cuts_no_stream(fleet: Fleet) -> N
             _apply_at(fleet, hours)
         fleet.run("apply", "--wait", "--timeout", "60s")
 
-    assert lost(under_load(fleet, drain, tokens=500)) == []
+    assert lost(under_load(fleet, drain, tokens=200)) == []
     assert_settled(fleet, replicas=1)
 
 

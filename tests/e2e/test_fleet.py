@@ -28,7 +28,7 @@ def _live_jobs(fleet: Fleet) -> list[list[str]]:
     return [job for job in fleet.jobs() if job[2] in LIVE]
 
 
-def _during(fleet: Fleet, change: Callable[[], object], *, tokens: int = 200) -> Load:
+def _during(fleet: Fleet, change: Callable[[], object], *, tokens: int = 80) -> Load:
     """Make a change while 6 streams and 6 plain requests are in flight; return how they ended."""
 
     async def go() -> Load:
@@ -72,6 +72,7 @@ def test_plan_changes_nothing_and_tells_by_its_exit_code(fleet: Fleet) -> None:
     assert "nothing to do" in after.stdout
 
 
+@pytest.mark.soak
 def test_a_new_revision_rolls_without_a_lost_request(fleet: Fleet) -> None:
     """New replicas are ready before old ones drain, and every request in flight ends whole."""
     _applied(fleet)
@@ -105,7 +106,7 @@ def test_drain_by_usr1_lets_a_stream_end(fleet: Fleet) -> None:
     (replica,) = fleet.replicas()
 
     async def go() -> Load:
-        async with in_flight(fleet.url, "tiny", plain=0, streams=3, tokens=150) as load:
+        async with in_flight(fleet.url, "tiny", plain=0, streams=3, tokens=60) as load:
             usr1 = ["scancel", "--batch", "--signal=USR1", str(replica["job_id"])]
             await asyncio.to_thread(fleet.lab.run, "login", usr1)
         return load
@@ -123,7 +124,7 @@ def test_a_draining_job_says_so_and_is_never_routed_again(fleet: Fleet) -> None:
 
     async def go() -> None:
         # As the gateway shares them out, the victim has some of them.
-        async with in_flight(fleet.url, "tiny", plain=0, streams=4, tokens=300):
+        async with in_flight(fleet.url, "tiny", plain=0, streams=4, tokens=120):
             usr1 = ["scancel", "--batch", "--signal=USR1", str(victim["job_id"])]
             await asyncio.to_thread(fleet.lab.run, "login", usr1)
             await asyncio.to_thread(wait_for, "its word", lambda: _status(fleet, victim["job_id"]))
@@ -141,6 +142,7 @@ def _status(fleet: Fleet, job_id: int) -> bool:
     return any(r["job_id"] == job_id and r["status"] == "draining" for r in fleet.replicas())
 
 
+@pytest.mark.soak
 def test_a_power_cut_leads_to_a_replacement_elsewhere(fleet: Fleet) -> None:
     """Plain requests survive by NGINX's retry; only streams begun on the dead node end."""
     _applied(fleet)
@@ -166,9 +168,9 @@ def test_slurmctld_down_for_30_s_leads_to_no_action(fleet: Fleet) -> None:
         blind = fleet.lab.run("login", fleet.command("plan"), check=False, timeout=90)
         assert (blind.returncode, "nothing is submitted or cancelled" in blind.stdout) == (4, True)
         # The time is what is tested: a controller that is away for half a minute.
-        load = _during(fleet, lambda: None, tokens=400)
+        load = _during(fleet, lambda: None, tokens=160)
         while _down_s(fleet) < 30:
-            load.requests += _during(fleet, lambda: None, tokens=250).requests
+            load.requests += _during(fleet, lambda: None, tokens=100).requests
         assert _lost(load) == []
         assert _generation(fleet.lab) == generation
         fleet.lab.start_daemon("login", "slurmctld")
@@ -254,7 +256,7 @@ def _foreign_job(fleet: Fleet, user: str, name: str) -> str:
     return fleet.lab.run("login", ["sbatch", "--parsable"], user=user, input=script).stdout.strip()
 
 
-@pytest.mark.parametrize("surge", [0, 1])
+@pytest.mark.parametrize("surge", [0, pytest.param(1, marks=pytest.mark.soak)])
 def test_a_rolling_update_without_room_for_surge_stays_within_the_budget(
     fleet: Fleet, surge: int
 ) -> None:
@@ -309,6 +311,7 @@ def test_R29_a_configuration_that_nginx_refuses_changes_nothing(fleet: Fleet) ->
     assert _routed(fleet) == 3
 
 
+@pytest.mark.soak
 def test_an_unreachable_gateway_blocks_drains_and_says_so(fleet: Fleet) -> None:
     """It may still route: no replica is told to end until every gateway has confirmed."""
     _applied(fleet)
@@ -379,7 +382,7 @@ def test_a_drain_past_its_timeout_ends_the_job_from_inside(fleet: Fleet) -> None
 def test_environment_of_the_spec_reaches_the_engine_and_not_the_script(fleet: Fleet) -> None:
     """Names that the job script uses itself are the engine's affair alone."""
     names = 'node: nowhere, port: "1", names: x, SLURM_JOB_ID: "99", engine: "1", ready: "7"'
-    fleet.edit('STANDIN_TOKENS_PER_S: "50"', names)
+    fleet.edit('STANDIN_TOKENS_PER_S: "20"', names)
     _applied(fleet)
     (job, *_) = _live_jobs(fleet)
     argv = ["pgrep", "-f", "standin.py serve.*tiny@" + job[0]]
@@ -404,7 +407,7 @@ def test_missing_weights_end_the_job_with_their_own_status(fleet: Fleet) -> None
 
 def test_R25_a_job_that_crashes_fast_backs_off_visibly(fleet: Fleet) -> None:
     """A revision whose jobs fail is not submitted again and again; the plan says until when."""
-    fleet.edit('STANDIN_TOKENS_PER_S: "50"', 'STANDIN_EXIT_CODE: "3"')
+    fleet.edit('STANDIN_TOKENS_PER_S: "20"', 'STANDIN_EXIT_CODE: "3"')
     fleet.run("apply")
     wait_for("both jobs to fail", lambda: [j[2] for j in fleet.jobs()] == ["FAILED"] * 2)
     said = fleet.run("apply")
@@ -415,7 +418,7 @@ def test_R25_a_job_that_crashes_fast_backs_off_visibly(fleet: Fleet) -> None:
 
 def test_an_impostor_gets_no_request(fleet: Fleet) -> None:
     """An engine that does not prove to be its job is never routed, and the plan says why."""
-    fleet.edit('STANDIN_TOKENS_PER_S: "50"', 'STANDIN_IMPOSTOR: "llama-70b"')
+    fleet.edit('STANDIN_TOKENS_PER_S: "20"', 'STANDIN_IMPOSTOR: "llama-70b"')
     fleet.run("apply", "--wait", "--timeout", "6s", check=False)
     status = fleet.status()
     statuses = {replica["status"] for replica in status["replicas"]}

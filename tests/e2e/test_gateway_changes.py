@@ -106,15 +106,15 @@ def test_an_unreachable_gateway_holds_back_drains_and_nothing_else(served: Fleet
 
     with running(served):
         first, second = served.urls
-        assert lost(under(mixed(first, streams=3, tokens=100), change)) == []
+        assert lost(under(mixed(first, streams=3, tokens=40), change)) == []
     assert len(set(_generations(served))) == 1
-    assert lost(under(mixed(second, streams=3, tokens=20), lambda: None)) == []
+    assert lost(under(mixed(second, streams=3, tokens=8), lambda: None)) == []
 
 
 def test_reloads_in_a_row_lose_no_request(served: Fleet) -> None:
     """Old workers finish what they have; whoever asks next is served by the new ones."""
     hasty = [Client(url=url, how="raw", tokens=1) for url in served.urls for _ in range(8)]
-    patient = [client for url in served.urls for client in mixed(url, streams=3, tokens=100)]
+    patient = [client for url in served.urls for client in mixed(url, streams=3, tokens=40)]
 
     def reload() -> None:
         before = set(_generations(served))

@@ -183,6 +183,7 @@ def test_key_is_rotated_and_revoked_without_a_lost_request(served: Fleet) -> Non
         assert served.lab.run("gateway", ["grep", "-rF", key, GATEWAY], check=False).stdout == ""
 
 
+@pytest.mark.soak
 def test_replicas_are_opened_and_protected_again_without_a_lost_request(served: Fleet) -> None:
     """While some are of one kind and some of the other, each gets its share and what it takes."""
     settled = lambda: served.run("apply", "--wait", "--timeout", "120s")  # noqa: E731

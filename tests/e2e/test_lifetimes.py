@@ -21,7 +21,7 @@ def _until(fleet: Fleet, done: Callable[[], bool], timeout_s: float) -> list[Req
     """Have `fleet run` at work under constant load until it is done; return all requests."""
     with running(fleet, interval="2"):
         return under_load(
-            fleet, lambda: wait_for("the change", done, timeout_s=timeout_s), tokens=150
+            fleet, lambda: wait_for("the change", done, timeout_s=timeout_s), tokens=60
         )
 
 

@@ -68,7 +68,7 @@ def _lost(load: Load) -> list[str]:
 
 def _under_load(fleet: Fleet, change: Callable[[], object]) -> Load:
     async def go() -> Load:
-        async with in_flight(fleet.url, "tiny", plain=4, streams=4, tokens=200) as load:
+        async with in_flight(fleet.url, "tiny", plain=4, streams=4, tokens=80) as load:
             await asyncio.to_thread(change)
         return load
 
@@ -104,7 +104,7 @@ def test_a_budget_that_holds_one_wide_replica_starts_one(wide: Fleet) -> None:
     assert "all replicas together need 8 GPUs, the budget is 7" in refused.stdout + refused.stderr
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.soak), 1])
 def test_a_rank_that_ends_ends_the_job_and_it_is_replaced(served: Fleet, victim: int) -> None:
     """All or nothing: no process and no folder of the job stays on either node."""
     job, nodes = _replica(served)
@@ -115,6 +115,7 @@ def test_a_rank_that_ends_ends_the_job_and_it_is_replaced(served: Fleet, victim:
     assert _replaced(served, job)
 
 
+@pytest.mark.soak
 def test_a_power_cut_of_the_second_node_replaces_the_replica(served: Fleet) -> None:
     """Slurm ends the job for its dead node; the other ranks go, the successor is elsewhere."""
     job, (first, second) = _replica(served)

@@ -2,6 +2,8 @@
 
 from collections import Counter
 
+import pytest
+
 from tests.e2e.checks import lost, running, under
 from tests.lab.fleet import Fleet
 from tests.lab.load import Client
@@ -28,7 +30,7 @@ def test_what_served_is_kept_alive_while_a_release_fails(fleet: Fleet) -> None:
     before = _applied(fleet)
     [old] = _revisions(fleet)
     fleet.edit("max-num-seqs: 16", "max-num-seqs: 17")
-    fleet.edit('STANDIN_TOKENS_PER_S: "50"', 'STANDIN_TOKENS_PER_S: "nonsense"')
+    fleet.edit('STANDIN_TOKENS_PER_S: "20"', 'STANDIN_TOKENS_PER_S: "nonsense"')
     with fleet.lab.popen("login", fleet.command("run", "--interval", "1")) as service:
         wait_for("the release to fail", lambda: "backoff:" in fleet.run("plan"), timeout_s=90)
         victim = min(before)
@@ -58,7 +60,7 @@ def test_canary_is_tried_beside_its_model_and_promoted(fleet: Fleet) -> None:
 
 def test_canary_that_does_worse_is_given_up_by_itself(fleet: Fleet) -> None:
     """It refuses requests that the model takes: the log tells, and nobody has to."""
-    fleet.edit('STANDIN_TOKENS_PER_S: "50"', 'STANDIN_TOKENS_PER_S: "1000"')
+    fleet.edit('STANDIN_TOKENS_PER_S: "20"', 'STANDIN_TOKENS_PER_S: "1000"')
     before = _applied(fleet)
     canary = "canary: {share: 50, abort: {requests: 20}, args: {max-model-len: 64}}"
     fleet.edit("    replicas: 2", f"    {canary}\n    replicas: 2")
@@ -73,6 +75,7 @@ def test_canary_that_does_worse_is_given_up_by_itself(fleet: Fleet) -> None:
     assert "aborted" in fleet.run("events")
 
 
+@pytest.mark.soak
 def test_paused_model_is_left_alone_until_it_is_resumed(fleet: Fleet) -> None:
     """A job that ends meanwhile is not replaced, and loses its route."""
     before = _applied(fleet)

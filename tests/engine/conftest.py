@@ -176,7 +176,7 @@ def start(
         log = tmp_path_factory.mktemp(kind) / "log"
         # A session of its own, and the log's first line says which.
         session = ["setsid", "sh", "-c", 'echo $$; exec "$@"', "sh"]
-        _write_secrets(lab, HOSTS[kind])
+        write_secrets(lab, HOSTS[kind])
         argv = [*session, *command(kind), "--port", str(port), *FLAGS, *PROTECTION]
         with log.open("w") as out:
             started = lab.popen(HOSTS[kind], argv, env=_KEEP_ALIVE, stdout=out, stderr=out)
@@ -193,7 +193,7 @@ def start(
     return start
 
 
-def _write_secrets(lab: Lab, host: str) -> None:
+def write_secrets(lab: Lab, host: str) -> None:
     server = certificates.new_certificate(AUTHORITY, "tiny.test.modelfleet.internal", 86_400)
     files = {"replica.pem": server, "engine.yaml": f"api-key: {json.dumps(KEYS)}\n"}
     for name, text in files.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.conftest import FLAGS, STOP_TIMEOUT_S, Engine, healthy
+from tests.engine.conftest import FLAGS, STOP_TIMEOUT_S, Engine, healthy, write_secrets
 from tests.lab.lab import Lab
 from tests.lab.wait import wait_for
 
@@ -42,6 +42,7 @@ def ranks(
         words += ["--headless"] if at else ["--port", "9100"]
         session = ["setsid", "sh", "-c", 'echo $$; exec "$@"', "sh"]
         log = tmp_path / place
+        write_secrets(lab, place)
         with log.open("w") as out:
             argv = [*session, *command(kind), *words, *FLAGS]
             process = lab.popen(place, argv, env=env, stdout=out, stderr=out)

@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -28,6 +28,8 @@ SHARED = {"replicas": 1, "args": {"seed": 2}, "share": 25}
 class Crowd(Front):
     """A gateway of one model with three replicas: a, b and c."""
 
+    asked: list[Mapping[str, str]] = field(default_factory=list)  # the headers of each request
+
     def targets(self, **changes: Mapping[str, Any]) -> list[Target]:
         """The replicas' targets, with changes by name."""
         return [
@@ -43,6 +45,7 @@ class Crowd(Front):
 
     def who(self, key: str = KEYS["alice"], **headers: str) -> str:
         """Return which replica answers a request."""
+        self.asked.append(headers)
         answer = self.ask("POST", CHAT, {"model": "tiny"}, key=key, **headers)
         assert answer.status == 200, answer
         return str(answer.body["model"])
@@ -51,14 +54,17 @@ class Crowd(Front):
         """Return who answers each session."""
         return {session: self.who(X_Session_Id=session) for session in SESSIONS}
 
-    def logged(self, count: int) -> list[dict[str, Any]]:
-        """Return the last lines of the log, once there are so many."""
+    def logged(self, since: int = 0) -> list[str]:
+        """Return the log's lines but for the first, once all that was asked is there.
 
-        def found() -> list[dict[str, Any]]:
-            records = [json.loads(line) for line in self.nginx.read("access.log").splitlines()]
-            return records if len(records) >= count else []
+        Workers write what they have now and then, old ones even later.
+        """
 
-        return wait_for(f"{count} lines of the log", found)
+        def found() -> list[str]:
+            lines = self.nginx.read("access.log").splitlines()
+            return lines if len(lines) >= len(self.asked) else []
+
+        return wait_for(f"{len(self.asked)} lines of the log", found)[since:]
 
 
 @pytest.fixture(scope="module", params=RELEASES)
@@ -155,19 +161,19 @@ def test_replica_that_weighs_more_gets_more(crowd: Crowd, hosts: int) -> None:
 def test_canary_gets_its_share(crowd: Crowd) -> None:
     """Drawn for each request; the log says which side each one was sent to."""
     crowd.route(*crowd.targets(c={"canary": REVISION}), canary=SHARED)
-    before = crowd.nginx.read("access.log").count("\n")
+    before = len(crowd.logged())
     got = Counter(crowd.who() for _ in range(400))
     assert 50 < got["c"] < 150, got  # 100, by chance
-    sides = Counter(
-        (record["trial"], record["replica"]) for record in crowd.logged(before + 400)[before:]
-    )
+    lines = crowd.logged(before)
+    records = map(json.loads, lines)
+    sides = Counter((record["trial"], record["replica"]) for record in records)
     assert sides == {
         ("rest.0123abcd", "1"): got["a"],
         ("rest.0123abcd", "2"): got["b"],
         ("canary.0123abcd", "3"): got["c"],
     }
-    lines = crowd.nginx.read("access.log").encode().splitlines(keepends=True)[before:]
-    [trial] = trials(tally(b"".join(lines)).trials, time.time()).values()
+    text = "".join(f"{line}\n" for line in lines)
+    [trial] = trials(tally(text.encode()).trials, time.time()).values()
     assert (trial.canary.requests, trial.rest.requests) == (got["c"], got["a"] + got["b"])
     assert (trial.canary.errors, trial.rest.errors) == (0, 0)
 
@@ -190,13 +196,14 @@ def test_canary_that_is_away_costs_no_request(crowd: Crowd, hosts: int) -> None:
     dead = nobody()
     targets = crowd.targets(c={"canary": REVISION, "address": dead})
     crowd.route(*targets, canary={**SHARED, "share": 100}, hosts=hosts)
-    before = crowd.nginx.read("access.log").count("\n")
+    before = len(crowd.logged())
     assert {crowd.who() for _ in range(30)} == {"a", "b"}
-    first = crowd.logged(before + 30)[before]
+    line = next(line for line in crowd.logged(before) if dead in line)
+    first = json.loads(line)
     assert first["trial"] == "canary.0123abcd"
     assert first["upstream"].startswith(dead)
     assert first["tries"] == "502, 200"
-    [tried] = tally(json.dumps(first).encode() + b"\n").trials.values()
+    [tried] = tally(f"{line}\n".encode()).trials.values()
     assert tried.errors == 1
 
 
@@ -204,9 +211,9 @@ def test_canary_that_is_away_costs_no_request(crowd: Crowd, hosts: int) -> None:
 def test_without_two_sides_there_is_no_trial(crowd: Crowd, revision: str) -> None:
     """Nobody is a canary, or everybody is: all serve, and nothing is compared."""
     crowd.route(*crowd.targets(**{n: {"canary": revision} for n in "abc"}), canary=SHARED)
-    before = crowd.nginx.read("access.log").count("\n")
+    before = len(crowd.logged())
     assert {crowd.who() for _ in range(30)} == {"a", "b", "c"}
-    assert {record["trial"] for record in crowd.logged(before + 30)[before:]} == {""}
+    assert {json.loads(line)["trial"] for line in crowd.logged(before)} == {""}
 
 
 def test_session_does_not_change_sides(crowd: Crowd) -> None:

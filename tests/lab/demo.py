@@ -22,7 +22,7 @@ from tests.lab.load import Load, Request, in_flight
 # Half streams, half plain requests, as the healing step promises at least 20 in flight.
 PLAIN, STREAMS = 12, 12
 # So many tokens that a request takes some seconds, as the engine's own pace allows.
-TOKENS = {"vllm": 400, "standin": 250}
+TOKENS = {"vllm": 400, "standin": 100}
 
 
 @dataclass

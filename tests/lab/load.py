@@ -93,7 +93,7 @@ class Client:
     how: str = "http"
     stream: bool = False
     model: str = "tiny"
-    tokens: int = 100
+    tokens: int = 40
     key: str = "none"
 
 

@@ -8,8 +8,9 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# Short enough not to be felt, long enough to cost nothing.
+# Short enough not to be felt, long enough to cost nothing; for what is slow to ask, in proportion.
 POLL_S = 0.05
+MOST_POLL_S = 2.0
 # A person looking on wants a sign of life about this often.
 ALOUD_EVERY_S = 5.0
 
@@ -26,9 +27,10 @@ def wait_for(
     say: Callable[[str], None] | None = None,
 ) -> T:
     """Ask until the answer is true, and return it; LabError names what never came."""
-    start = time.monotonic()
+    start = now = time.monotonic()
     told = start
     while True:
+        asked = now
         if answer := ask():
             return answer
         now = time.monotonic()
@@ -37,7 +39,8 @@ def wait_for(
         if say and now - told > ALOUD_EVERY_S:
             told = now
             say(f"waiting for {what}: {now - start:.0f} s")
-        time.sleep(POLL_S)
+        time.sleep(min(max(POLL_S, 2 * (now - asked)), MOST_POLL_S))
+        now = time.monotonic()
 
 
 def run_aloud(what: str, argv: Sequence[str], log: Path, say: Callable[[str], None]) -> None:

@@ -19,10 +19,9 @@ _COPIED = frozenset({"images", "reconciler"})
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """The checkout by links, but for a copy of reconciler/ that a test may break."""
-    ignored = shutil.ignore_patterns("__pycache__")
     for entry in _CHECKOUT.iterdir():
         if entry.name in _COPIED:
-            shutil.copytree(entry, tmp_path / entry.name, ignore=ignored)
+            shutil.copytree(entry, tmp_path / entry.name)
         else:
             (tmp_path / entry.name).symlink_to(entry)
     return tmp_path

@@ -2,9 +2,9 @@
 
 The configuration's generation is a hash of everything rendered; NGINX answers it on a local
 status address, so that what runs can be compared with what is wanted without any memory.
-Routing by the body's `model`: ngx_http_js_module parses the body and redirects internally to a
-named location, so that streaming and retries stay in the proxy module
-(nginx.org/en/docs/http/ngx_http_js_module.html, ngx_http_proxy_module.html).
+Routing by the body's `model`: ngx_http_lua_module reads the body in the access phase and sets where
+proxy_pass goes, so that streaming and retries stay in the proxy module
+(github.com/openresty/lua-nginx-module, nginx.org/en/docs/http/ngx_http_proxy_module.html).
 """
 
 import hashlib
@@ -53,8 +53,7 @@ _EXTERNAL = """\
     location @external {
         resolver @RESOLVERS@ ipv6=off;
         resolver_timeout 5s;
-        proxy_pass https://$fleet_external$fleet_path;
-        proxy_set_body $fleet_body;
+        proxy_pass $fleet_url;
         proxy_set_header Host $proxy_host;
         proxy_set_header Connection "";
         proxy_set_header Accept $http_accept;
@@ -73,8 +72,7 @@ _EXTERNAL = """\
         proxy_intercept_errors on;
         error_page 401 403 404 500 502 503 =502 /.error;
         error_page 504 /.error;
-        js_header_filter answer.lengthless;
-        js_body_filter answer.watch buffer_type=buffer;
+        body_filter_by_lua_block { answer.watch() }
     }
 """
 
@@ -95,8 +93,8 @@ _PROTECTED = f"""
 
 _MARK = re.compile(r"@([A-Z_]+)@")
 _GATEWAY_CONF = files("reconciler").joinpath("gateway.conf").read_text(encoding="utf-8")
-_GATEWAY_JS = files("reconciler").joinpath("gateway.js").read_text(encoding="utf-8")
-_ANSWER_JS = files("reconciler").joinpath("answer.js").read_text(encoding="utf-8")
+_GATEWAY_LUA = files("reconciler").joinpath("gateway.lua").read_text(encoding="utf-8")
+_ANSWER_LUA = files("reconciler").joinpath("answer.lua").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,14 +152,14 @@ def render_gateway(
         by_model.setdefault(target.model, []).append(target)
     parts = {
         "fleet.conf": _fleet_conf(fleet, by_model, trust, external),
-        "fleet.js": _GATEWAY_JS,
         "fleet.json": _fleet_json(fleet, by_model, exhausted, external),
-        "answer.js": _ANSWER_JS,
+        "gateway.lua": _GATEWAY_LUA,
+        "answer.lua": _ANSWER_LUA,
         "targets.json": _targets_json(ordered, trust, exhausted, external),
     }
     text = json.dumps(parts, sort_keys=True)
     generation = hashlib.sha256(text.encode()).hexdigest()[:12]
-    # Not in what njs reads: it does not need it, and a served name may read like the mark.
+    # Not in what Lua reads: it does not need it, and a served name may read like the mark.
     rendered = {
         name: part if name == "fleet.json" else part.replace(GENERATION_MARK, generation)
         for name, part in parts.items()
@@ -265,7 +263,6 @@ def _fleet_conf(
         "LISTEN": f"{gateway.listen} deferred" + (" ssl" if tls else ""),
         "TLS": _filled(_TLS, {"CERTIFICATE": tls.certificate, "KEY": tls.key}) if tls else "",
         "SERVER_NAME": gateway.server_name,
-        "REFUSED": "1" if fleet.tenants else '""',
         "ZONES": zones,
         "LIMITS": limits,
         "BODY_MAX": gateway.body_max,
@@ -377,7 +374,7 @@ def _fleet_json(
     exhausted: Collection[str],
     external: Mapping[str, str],
 ) -> str:
-    """Return what gateway.js knows; names reach it as JSON, so no character of theirs is special.
+    """Return what gateway.lua knows; names reach it as JSON, so no character of theirs is special.
 
     NGINX reads it once. A constant of the module would be made anew for each request: with 200
     models that took two thirds of all requests a second.
@@ -418,14 +415,14 @@ def _fleet_json(
 
 
 def _canary(model: Model, members: list[Target]) -> Mapping[str, object]:
-    """Return what gateway.js knows of a canary that has a share of its own."""
+    """Return what gateway.lua knows of a canary that has a share of its own."""
     share = model.canary.share if model.canary is not None else None
     revision = members[0].canary
     return {"share": share, "revision": revision, "open": _open_share(members)}
 
 
 def _allowed(tenant: Tenant) -> Mapping[str, object]:
-    """Return what gateway.js knows of a tenant."""
+    """Return what gateway.lua knows of a tenant."""
     return {
         "models": tenant.models,
         "rate": "{}_{}".format(*tenant.rate) if tenant.rate else None,

@@ -3,7 +3,7 @@
 The same stand-in (an NGINX that answers at once) and the same client (wrk) for all. Runs are taken
 in turns and compared round by round; the median counts. `busy` is the share of all processors'
 time, `others` that of what is no part of the bench: where it is not small, measure again.
-Parts: --only one sixteen streams crowds, --ways direct nginx ours lua vllm-router litellm.
+Parts: --only one sixteen streams crowds, --ways direct nginx ours njs vllm-router litellm.
 """
 
 import argparse

@@ -3,7 +3,7 @@
 set -eu
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -q
-apt-get install -q -y wrk libnginx-mod-http-lua lua-cjson
+apt-get install -q -y wrk libnginx-mod-http-js
 python3 -m venv /opt/bench
 /opt/bench/bin/pip install --quiet --disable-pip-version-check --no-index --find-links /mnt/wheels \
     --require-hashes --no-deps --requirement /mnt/bench/requirements.lock

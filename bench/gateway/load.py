@@ -74,7 +74,7 @@ def wrk(
 
 
 class Stream:
-    """A connection of its own for each stream: after one of ours it ends (answer.js)."""
+    """A connection of its own for each stream: after one of ours it ends (answer.lua)."""
 
     def __init__(self, port: int, context: ssl.SSLContext | None) -> None:
         self._connection = (

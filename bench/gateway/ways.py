@@ -1,7 +1,7 @@
 """The ways from client to stand-in that are compared: what each one runs, started and ended.
 
 All of this runs in the layer over the lab's base, with a loopback of its own, as its user `fleet`.
-What ours is rendered from has all that this checkout's spec knows of; plain NGINX and Lua get the
+What ours is rendered from has all that this checkout's spec knows of; plain NGINX and njs get the
 same limits and the same TLS, on both sides.
 """
 
@@ -46,7 +46,7 @@ PORTS = {
     "direct": 8100,
     "nginx": 8101,
     "ours": 8102,
-    "lua": 8103,
+    "njs": 8103,
     "vllm-router": 8104,
     "litellm": 8105,
 }
@@ -260,8 +260,8 @@ def _plain(folder: Path, tls: bool) -> list[str]:
     return _by_hand(folder, PORTS["nginx"], tls=tls)
 
 
-def _lua(folder: Path, tls: bool) -> list[str]:
-    """Plain NGINX and the routing of gateway.js in Lua, before the same proxy module."""
+def _njs(folder: Path, tls: bool) -> list[str]:
+    """Plain NGINX and the routing of gateway.lua in njs, before the same proxy module."""
     record = spec(tls=tls)
     others = {model["name"]: "stopped" for model in record["models"][1:]}
     fleet = {
@@ -274,10 +274,10 @@ def _lua(folder: Path, tls: bool) -> list[str]:
         },
     }
     (folder / "fleet.json").write_text(json.dumps(fleet))
-    head = _filled("lua.conf", {"FOLDER": folder, "CONF": CONF})
-    route = "        rewrite_by_lua_block { route() }"
-    modules = ("ndk_http_module", "ngx_http_lua_module")
-    return _by_hand(folder, PORTS["lua"], tls=tls, head=head, route=route, modules=modules)
+    head = _filled("njs.conf", {"FOLDER": folder, "CONF": CONF})
+    route = "    location / { js_content route.route; }"
+    modules = ("ngx_http_js_module",)
+    return _by_hand(folder, PORTS["njs"], tls=tls, head=head, route=route, modules=modules)
 
 
 def _by_hand(
@@ -298,6 +298,7 @@ def _by_hand(
         "TLS": _TLS if tls else "",
         "HEAD": head,
         "ROUTE": route,
+        "LOCATION": "@replicas" if route else "/",
         "ZONES": _ZONES.format(who=who) if limited else "",
         "LIMITS": _LIMITS if limited else "",
         "SERVERS": "".join(f"    server 127.0.0.1:{port} max_fails=1;\n" for port in _REPLICAS),
@@ -349,7 +350,7 @@ _START: Mapping[str, Callable[[Path, bool], list[str]]] = {
     "direct": _direct,
     "nginx": _plain,
     "ours": _ours,
-    "lua": _lua,
+    "njs": _njs,
     "vllm-router": _vllm_router,
     "litellm": _litellm,
 }

@@ -67,7 +67,7 @@ change)
   ln -sfn "gen-$generation" "$folder/current.part.$$"
   mv -T "$folder/current.part.$$" "$folder/current"
   if [ -n "$before" ] && [ "$before" != "$generation" ]; then
-    # From now on answers end their connections (gateway.js): half a second later who asks again
+    # From now on answers end their connections (answer.lua): half a second later who asks again
     # and again has none left that the reload could close.
     touch "$folder/gen-$before/closing" || true # somebody has removed the folder
     sleep 0.5

@@ -23,7 +23,9 @@ from tests.lab.wait import wait_for
 FOLDER = "/var/lib/modelfleet/gateway"
 CHANGE = files("reconciler.adapters").joinpath("gateway.sh").read_text(encoding="utf-8")
 # In NGINX's log: it, and not a request, went wrong.
-FAULT = re.compile(r"\[(?:alert|crit|emerg)\]|js exception|exited on signal")
+FAULT = re.compile(
+    r"\[(?:alert|crit|emerg)\]|lua entry thread aborted|failed to run \w+_by_lua|exited on signal"
+)
 
 
 def free_port() -> int:

@@ -2,12 +2,17 @@
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from reconciler import routes
 from reconciler.state import Target
+from tests.gateway.conftest import RELEASES
 from tests.gateway.front import CHAT, KEYS, NAMES, Front, digest, tenants
+from tests.gateway.nginx import running
+from tests.gateway.recorder import recording
 
 TINY = {"model": "tiny", "messages": []}
 JSON_PATHS = [
@@ -244,6 +249,22 @@ def test_fleet_without_tenants_is_open(front: Front) -> None:
         assert front.ask("POST", CHAT, TINY, key=key).status == 200
         assert len(front.ask("GET", "/v1/models", key=key).body["data"]) == len(NAMES) + 4
     front.change()
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_R29_code_that_does_not_load_changes_nothing(
+    release: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NGINX's own test does not run it, so the reload fails: what ran goes on, and the link too."""
+    with recording(["tiny", "big"]) as replicas, running(release, tmp_path) as nginx:
+        front = Front(nginx, replicas)
+        front.change()
+        before = (nginx.folder / "current").readlink()
+        monkeypatch.setattr(routes, "_GATEWAY_LUA", "nonsense")
+        with pytest.raises(AssertionError, match="init_by_lua error"):
+            front.change(tenants=[])
+        assert (nginx.folder / "current").readlink() == before
+        assert front.passed("POST", CHAT, TINY).replica == "tiny"
 
 
 def test_configuration_raises_no_warning(front: Front) -> None:

@@ -178,6 +178,18 @@ def test_canary_gets_its_share(crowd: Crowd) -> None:
     assert (trial.canary.errors, trial.rest.errors) == (0, 0)
 
 
+def test_question_for_usage_is_asked_again_elsewhere(crowd: Crowd) -> None:
+    """A body that was added to is whole for each replica that is tried."""
+    crowd.route(*crowd.targets(a={"address": nobody()}))
+    del crowd.replicas.got[:]
+    before = crowd.nginx.read("access.log").count("\n")
+    for _ in range(6):
+        assert crowd.ask("POST", CHAT, {"model": "tiny", "stream": True}).status == 200
+    asked = {"model": "tiny", "stream": True, "stream_options": {"include_usage": True}}
+    assert [json.loads(got.body) for got in crowd.replicas.got] == [asked] * 6
+    assert any(", " in record["tries"] for record in crowd.logged(before + 6)[before:])
+
+
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_canary_that_is_away_costs_no_request(crowd: Crowd, hosts: int) -> None:
     """The model's other replicas step in; the log tells that they had to."""

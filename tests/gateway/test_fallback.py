@@ -318,13 +318,13 @@ def test_body_is_rewritten_whatever_it_holds(away: Away) -> None:
     away.route()
     body = (
         b'{"model":"tiny","x":{"model":"tiny"},"prompt":"\\"model\\": \xf0\x9f\x99\x82 }",'
-        b'"model":"org/Tiny","__proto__":{"a":1}}'
+        b'"model":"org/Tiny","a":[],"o":{},"i":9007199254740993,"f":1e308,"n":null}'
     )
     assert away.ask("POST", CHAT, body).status == 200
     [got] = away.there.got
     expected = json.loads(body)
     assert json.loads(got.body) == {**expected, "model": "vendor/large"}
-    assert got.body.count(b"vendor/large") == 1
+    assert json.loads(got.body, object_pairs_hook=len) == len(expected)
 
 
 def test_configuration_with_a_fallback_raises_no_warning(away: Away) -> None:

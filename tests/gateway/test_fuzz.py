@@ -37,7 +37,7 @@ class Shot:
 class Gun:
     """Makes requests from a seed; it reads what it made as the rules say, not as NGINX does.
 
-    No numbers stand in the bodies: njs reads some that engines refuse, see test_hostile.py.
+    No numbers stand in the bodies: cjson reads some that engines refuse, see test_hostile.py.
     """
 
     def __init__(self, seed: int) -> None:
@@ -133,8 +133,10 @@ def _refuse(word: str) -> None:
 
 
 def _read(body: bytes) -> Any:
-    """What a body says. Raises ValueError if it is not JSON."""
-    return json.loads(body.decode("utf-8-sig"), parse_constant=_refuse)
+    """What a body says. Raises ValueError if it is not JSON, or has half a surrogate."""
+    read = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse)
+    json.dumps(read, ensure_ascii=False).encode()
+    return read
 
 
 def _is_json(body: bytes) -> bool:

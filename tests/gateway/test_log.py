@@ -194,6 +194,13 @@ def test_own_answers_say_why_there_was_no_replica(gateway: Gateway) -> None:
     assert record["first_byte"] is None
 
 
+def test_request_that_is_too_large_is_its_tenants(gateway: Gateway) -> None:
+    """NGINX refuses it by its length, before anybody has looked who calls."""
+    gateway.post("large", b" " * (8 << 20 | 1))
+    record = gateway.logged("large")
+    assert (record["status"], record["tenant"], record["finish"]) == ("413", "alice", "whole")
+
+
 def test_no_request_forges_a_line_and_none_leaves_a_secret(gateway: Gateway) -> None:
     """Whatever stands in path, query and headers, each request is one line that can be read."""
     before = requests(gateway)

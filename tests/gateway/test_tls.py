@@ -46,6 +46,19 @@ def test_http_2_is_spoken_to_who_asks_for_it(front: Front) -> None:
 
 
 @pytest.mark.usefixtures("trusted")
+def test_body_of_http_2_needs_no_length(front: Front) -> None:
+    """Its frames tell where it ends; a replica is told a length."""
+    before = len(front.replicas.got)
+    sent = ["--http2", "--request", "POST", "--upload-file", "-", "--expect100-timeout", "0"]
+    key = f"Authorization: Bearer {KEYS['alice']}"
+    argv = ["curl", "--silent", "--fail", *sent, "--header", key, "--cacert", f"{FOLDER}/tls.pem"]
+    body = b'{"model":"big"}'
+    front.nginx.inside([*argv, f"https://localhost:{front.port}{CHAT}"], stdin=body)
+    [got] = front.replicas.got[before:]
+    assert (got.replica, got.body) == ("big", body)
+
+
+@pytest.mark.usefixtures("trusted")
 def test_request_without_tls_is_told_so(front: Front) -> None:
     """A key that was sent in the clear opens nothing."""
     assert front.refused("POST", CHAT, {"model": "tiny"}) == (400, "bad_request")

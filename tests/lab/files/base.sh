@@ -32,7 +32,7 @@ fi
 
 step "installing Slurm, NGINX, sshd and tools"
 apt-get update -q
-apt-get install -q -y slurmctld slurmd slurm-client slurmrestd munge nginx libnginx-mod-http-js \
+apt-get install -q -y slurmctld slurmd slurm-client slurmrestd munge nginx libnginx-mod-http-lua lua-cjson \
     openssh-client openssh-server curl iproute2 iputils-ping procps psmisc python3 python3-venv squashfs-tools \
     squashfuse fuse3 tini jq openssl ca-certificates debootstrap debian-archive-keyring git
 

@@ -60,11 +60,11 @@ class Crowd(Front):
         Workers write what they have now and then, old ones even later.
         """
 
-        def found() -> list[str]:
-            lines = self.nginx.read("access.log").splitlines()
-            return lines if len(lines) >= len(self.asked) else []
+        def lines() -> list[str]:
+            return self.nginx.read("access.log").splitlines()
 
-        return wait_for(f"{len(self.asked)} lines of the log", found)[since:]
+        wait_for(f"{len(self.asked)} lines of the log", lambda: len(lines()) >= len(self.asked))
+        return lines()[since:]
 
 
 @pytest.fixture(scope="module", params=RELEASES)

@@ -228,6 +228,7 @@ class Simulation:
         world, cluster = self.world, self.world.cluster
         now = self.timeline.now
         world.cut_until = world.disk_full_until = world.secrets_gone_until = now
+        world.external_key_gone_until = world.logs_gone_until = world.spent_until = now
         world.armed.clear()
         world.set_clock(0.0)
         world.image_missing_until = dict.fromkeys(world.image_missing_until, now)
@@ -357,6 +358,8 @@ class Simulation:
             routed = len(gateway.running.targets) if gateway.running is not None else 0
             if routed != wanted:
                 return f"{gateway.name} routes to {routed} instead of {wanted}"
+            if gateway.running is not None and gateway.running.exhausted:
+                return f"{gateway.name} refuses {gateway.running.exhausted}"
         return None
 
     # -- for people
@@ -417,7 +420,9 @@ def _difference(plan: Plan) -> str:
 # -- what is pure is worked out once
 
 
-_Rendered = tuple[int, tuple[Target, ...], Trust | None, tuple[str, ...]]
+_Rendered = tuple[
+    int, tuple[Target, ...], Trust | None, tuple[str, ...], tuple[tuple[str, str], ...]
+]
 
 
 @contextmanager
@@ -444,11 +449,11 @@ def harness(simulation: Simulation) -> Iterator[None]:
         exhausted: Collection[str] = (),
         external: Mapping[str, str] | None = None,
     ) -> GatewayFiles:
-        assert not external
-        key = (id(fleet), tuple(sorted(targets)), trust, tuple(exhausted))
+        elsewhere = tuple((external or {}).items())
+        key = (id(fleet), tuple(sorted(targets)), trust, tuple(exhausted), elsewhere)
         if key not in rendered:
             kept.append(fleet)
-            rendered[key] = render_gateway(fleet, key[1], trust, key[3])
+            rendered[key] = render_gateway(fleet, key[1], trust, key[3], dict(elsewhere))
         return rendered[key]
 
     def revision(model: Model, image_digest: str, access: Access = "protected") -> str:

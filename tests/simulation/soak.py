@@ -14,8 +14,6 @@ from tests.simulation.run import Result, simulate
 
 # A rule that was never tried is not known to hold: everything must have occurred so often.
 LEAST = 20
-# The gateway's: simulated ones write no log, and nobody there has a budget of tokens or a fallback.
-_UNSIMULATED = {NoteKind.FALLBACK, NoteKind.LOG, NoteKind.QUOTA}
 BOUNDARIES = tuple(
     f"{side} {call}"
     for call in ("submit", "change", "drain", "cancel", "save")
@@ -74,7 +72,7 @@ class Totals:
             ("fault", self.faults, KINDS),
             ("kill", self.kills, BOUNDARIES),
             ("reason", self.reasons, Reason),
-            ("note", self.notes, set(NoteKind) - _UNSIMULATED),
+            ("note", self.notes, NoteKind),
         ]
         return [
             f"{sort} {name}: {counts[name]} times"

@@ -53,7 +53,6 @@ class Result:
     boundaries: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
-    excuses: Counter[str] = field(default_factory=Counter)
     settled_after_s: float = 0.0
     held_back: bool = False  # by its spec: see _may_take_no_step
 
@@ -78,7 +77,6 @@ class Simulation:
         events: Sequence[Event] | None = None,
         *,
         say: Callable[[str], None] | None = None,
-        strict: bool = False,
     ) -> None:
         self._seed, self._cycles = seed, cycles
         random = Random(seed)
@@ -97,7 +95,7 @@ class Simulation:
             SimGateway(f"gateway{at}", self.timeline) for at in range(1, self.spec.gateways + 1)
         ]
         self.world = SimWorld(self.timeline, cluster, gateways)
-        self.invariants = Invariants(self.world, strict=strict)
+        self.invariants = Invariants(self.world)
         self.world.watch = self.invariants
         self.timeline.watch = self.invariants.instant
         self._adapters = self.world.adapters
@@ -125,7 +123,6 @@ class Simulation:
         self.result.failed_at = self._at_cycle
         self.result.struck = self.world.struck
         self.result.boundaries = self.world.boundaries
-        self.result.excuses = self.invariants.excuses
         return self.result
 
     # -- one cycle
@@ -496,9 +493,8 @@ def simulate(
     events: Sequence[Event] | None = None,
     *,
     say: Callable[[str], None] | None = None,
-    strict: bool = False,
 ) -> Result:
     """Run one seed; with `events` those happen and no others."""
-    simulation = Simulation(seed, cycles, events, say=say, strict=strict)
+    simulation = Simulation(seed, cycles, events, say=say)
     with harness(simulation):
         return simulation.run()

@@ -127,7 +127,6 @@ class SimWorld:
         self.logs_gone_until = 0.0
         self.memory = Memory()  # as the disk has it
         self.unsaved: Memory | None = None  # as the reconciler's process has it, if that differs
-        self.memory_aged_at = 0.0  # when a process ended with what it could not save
         self.submitted: SimJob | None = None
 
     @property
@@ -180,7 +179,7 @@ class SimWorld:
     def _kill(self, where: str) -> None:
         self.boundaries[where] += 1
         if self.unsaved is not None:
-            self.unsaved, self.memory_aged_at = None, self.timeline.now
+            self.unsaved = None
             for job in self.cluster.jobs.values():
                 job.remembered = job.saved
         raise Killed(where)

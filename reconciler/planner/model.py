@@ -16,7 +16,7 @@ from reconciler.plan import (
 )
 from reconciler.planner.seen import Seen, progress, serves
 from reconciler.planner.views import model_view
-from reconciler.rollover import MARGIN_S, last_moment, staggered
+from reconciler.rollover import last_moment, staggered
 from reconciler.spec import Model, parse_duration
 from reconciler.state import (
     Aborted,
@@ -25,10 +25,6 @@ from reconciler.state import (
     JobKey,
     Recipe,
 )
-
-MISSES_TO_REPLACE = 4
-# Of a node, by sinfo. A place in the queue is not given up for one that is full or gone.
-_WITH_ROOM = ("idle", "mixed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,29 +221,29 @@ def _leaving(case: _Case) -> list[tuple[Job, Reason]]:
     rest = [job for job in known if job.key not in chosen]
     current = [job for job in rest if case.is_current(job) and not case.is_expiring(job)]
     outgoing = [job for job in rest if not case.is_current(job) or case.is_expiring(job)]
+    for job in (*current, *(job for job in outgoing if _comes_back(case, job))):
+        fault = seen.fault(model, job)
+        if fault is not None:
+            choose([job], fault)
+    outgoing = [job for job in outgoing if job.key not in chosen]
     returning = _returning(case, current, outgoing)
     for job in _outgoing_to_leave(case, current, [job for job in outgoing if job not in returning]):
         choose([job], Reason.EXPIRING if case.is_expiring(job) else Reason.STALE)
-    choose([job for job in current if _is_unhealthy(job, seen)], Reason.UNHEALTHY)
-    starting = [*current, *returning]
-    choose([job for job in starting if _is_late(model, job, seen)], Reason.STARTUP_TIMEOUT)
-    too_long = [job for job in starting if _fits_before_maintenance(model, job, seen)]
-    choose(too_long, Reason.MAINTENANCE)
-    choose([job for job in starting if _avoids_in_vain(job, seen)], Reason.QUARANTINE_OVER)
     healthy = [job for job in current if job.key not in chosen]
     surplus = max(0, len(healthy) - model.replicas)
     choose(sorted(healthy, key=lambda job: _victim_order(job, seen))[:surplus], Reason.SURPLUS)
     return list(chosen.values())
 
 
+def _comes_back(case: _Case, job: Job) -> bool:
+    """Whether a replica of the fallback does not serve yet."""
+    starts = case.seen.status(job) in (Status.PENDING, Status.STARTING)
+    return starts and case.is_fallback(job) and not case.is_expiring(job)
+
+
 def _returning(case: _Case, current: Sequence[Job], outgoing: Sequence[Job]) -> list[Job]:
     """Return which replicas of the fallback that don't serve yet are still wanted."""
-    starting = (Status.PENDING, Status.STARTING)
-    candidates = [
-        job
-        for job in outgoing
-        if case.is_fallback(job) and not case.is_expiring(job) and case.seen.status(job) in starting
-    ]
+    candidates = [job for job in outgoing if _comes_back(case, job)]
     serving = [
         job
         for job in outgoing
@@ -303,17 +299,6 @@ def _outgoing_to_leave(case: _Case, current: Sequence[Job], outgoing: Sequence[J
         return (lasting, ends, *_victim_order(job, seen))
 
     return idle + silent + sorted(serving, key=order)[:spare]
-
-
-def _is_unhealthy(job: Job, seen: Seen) -> bool:
-    evident = seen.status(job) in (Status.SICK, Status.IMPOSTOR)
-    return evident and (seen.misses(job) >= MISSES_TO_REPLACE or seen.hung(job))
-
-
-def _is_late(model: Model, job: Job, seen: Seen) -> bool:
-    if seen.status(job) is not Status.STARTING or job.started_at is None:
-        return False
-    return seen.at - job.started_at > seen.fleet.startup_timeout_s(model)
 
 
 def _victim_order(job: Job, seen: Seen) -> tuple[int, bool, bool, float, int, int]:
@@ -435,34 +420,13 @@ def _excluded(model: Model, revision: str, seen: Seen) -> tuple[str, ...]:
     return () if known is not None and len(avoided) == len(known) else tuple(avoided)
 
 
-def _avoids_in_vain(job: Job, seen: Seen) -> bool:
-    """Whether a job waits for nodes, and avoids one with room that is in quarantine no more."""
-    words = seen.observation.nodes or {}
-    over = set(job.excluded_names) - seen.quarantined.keys()
-    return job.waits_for_nodes and any(words.get(name) in _WITH_ROOM for name in over)
-
-
 def _walltime_s(model: Model, ordinal: int, seen: Seen) -> int:
     """Return the walltime of one replica's job; while Slurm holds jobs back, until maintenance."""
     fleet = seen.fleet
     walltime_s = parse_duration(fleet.slurm_for(model).walltime)
-    floor_s = _floor_s(model, seen)
+    floor_s = seen.floor_s(model)
     walltime_s = min(walltime_s, staggered(walltime_s, ordinal, floor_s=floor_s))
     left_s = seen.before_maintenance_s()
     if left_s is None or left_s < floor_s:
         return walltime_s
     return min(walltime_s, int(left_s))
-
-
-def _floor_s(model: Model, seen: Seen) -> int:
-    """Return the shortest walltime that is worth a start."""
-    startup_s, drain_s = seen.fleet.startup_timeout_s(model), seen.fleet.drain_timeout_s(model)
-    return startup_s + drain_s + round(MARGIN_S)
-
-
-def _fits_before_maintenance(model: Model, job: Job, seen: Seen) -> bool:
-    """Whether a job that waits for a maintenance to end could run before it, were it shorter."""
-    left_s = seen.before_maintenance_s()
-    if not job.waits_for_reservation or left_s is None or job.limit_s is None:
-        return False
-    return _floor_s(model, seen) <= left_s < job.limit_s

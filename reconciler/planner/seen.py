@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from reconciler.failures import quarantined
 from reconciler.naming import ReplicaName
-from reconciler.plan import Status
+from reconciler.plan import Reason, Status
 from reconciler.rollover import MARGIN_S, due, last_moment
 from reconciler.spec import Access, Fleet, Model
 from reconciler.state import (
@@ -25,8 +25,11 @@ from reconciler.trials import verdict
 
 # Two looks without an answer and a replica leaves the upstreams; it takes more to replace it.
 MISSES_TO_DEROUTE = 2
+MISSES_TO_REPLACE = 4
 # vLLM answers /health while it is hung; a token takes milliseconds, a long prompt some seconds.
 HUNG_S = 120.0
+# Of a node, by sinfo. A place in the queue is not given up for one that is full or gone.
+_WITH_ROOM = ("idle", "mixed")
 
 
 class Seen:
@@ -83,7 +86,7 @@ class Seen:
 
         What has become the canary by an edit may serve in greater numbers: more than are wanted of
         it, and not succeeded by one of these, are stale replicas of the model, which leave when
-        others serve in their place.
+        others serve in their place. What leaves whatever the others do takes nobody's place.
         """
         return [
             job
@@ -92,7 +95,8 @@ class Seen:
         ]
 
     def _canarys(self, canary: Model, revision: str | None) -> Sequence[Job]:
-        jobs = [job for job in self.jobs_of(canary.name) if job.name.revision == revision]
+        all_ = [job for job in self.jobs_of(canary.name) if job.name.revision == revision]
+        jobs = [job for job in all_ if serves(job, self) and self.fault(canary, job) is None]
         # Nor may what succeeds one whose keys differ be taken for a replica too many.
         differing = frozenset(job.key for job in jobs if self.keys_differ(job) is not None)
         expiring = self.due(canary, jobs) | differing
@@ -101,7 +105,8 @@ class Seen:
         leaving = [job for job in best if job.key in expiring]
         own = lasting[: canary.replicas] + leaving[: canary.replicas]
         succeeded = {job.comment.succeeds for job in own if job.comment is not None}
-        return own + [job for job in leaving[canary.replicas :] if job.key in succeeded]
+        own += [job for job in leaving[canary.replicas :] if job.key in succeeded]
+        return own + [job for job in all_ if job not in jobs]
 
     def _canary_order(self, job: Job) -> tuple[bool, int, bool, ReplicaName]:
         """Sort key, first to hold the canary's place first.
@@ -170,6 +175,16 @@ class Seen:
         revoked = [key for key in keys if key not in self.observation.keyring.ids]
         return f"it takes the revoked key {revoked[0]}" if revoked else None
 
+    def fault(self, model: Model, job: Job) -> Reason | None:
+        """Return why a job goes whatever others do, None if it may stay. Not of one that drains."""
+        if self._is_unhealthy(job):
+            return Reason.UNHEALTHY
+        if self._is_late(model, job):
+            return Reason.STARTUP_TIMEOUT
+        if self._fits_before_maintenance(model, job):
+            return Reason.MAINTENANCE
+        return Reason.QUARANTINE_OVER if self._avoids_in_vain(job) else None
+
     def must_go(self, model: Model, job: Job) -> bool:
         """Whether only the drain is left of its walltime."""
         if job.ends_at is None or job.phase is not Phase.RUNNING:
@@ -181,6 +196,11 @@ class Seen:
         known = self.memory.maintenances
         begins = [] if known is None else [one for one in known.begin if one > self.at]
         return min(begins) - self.at - MARGIN_S if begins else None
+
+    def floor_s(self, model: Model) -> int:
+        """Return the shortest walltime that is worth a start."""
+        startup_s = self.fleet.startup_timeout_s(model)
+        return startup_s + self.fleet.drain_timeout_s(model) + round(MARGIN_S)
 
     def pause(self, model: str) -> Pause | None:
         """Return what has a model left alone now; the latest word if there are several."""
@@ -255,6 +275,28 @@ class Seen:
         if probe.health is Health.STARTING and job.run.ready_at is None:
             return Status.STARTING
         return Status.SICK
+
+    def _is_unhealthy(self, job: Job) -> bool:
+        evident = self.status(job) in (Status.SICK, Status.IMPOSTOR)
+        return evident and (self.misses(job) >= MISSES_TO_REPLACE or self.hung(job))
+
+    def _is_late(self, model: Model, job: Job) -> bool:
+        if self.status(job) is not Status.STARTING or job.started_at is None:
+            return False
+        return self.at - job.started_at > self.fleet.startup_timeout_s(model)
+
+    def _fits_before_maintenance(self, model: Model, job: Job) -> bool:
+        """Whether a job that waits for a maintenance to end could run before it if shorter."""
+        left_s = self.before_maintenance_s()
+        if not job.waits_for_reservation or left_s is None or job.limit_s is None:
+            return False
+        return self.floor_s(model) <= left_s < job.limit_s
+
+    def _avoids_in_vain(self, job: Job) -> bool:
+        """Whether a job waits for nodes, and avoids one with room that is in quarantine no more."""
+        words = self.observation.nodes or {}
+        over = set(job.excluded_names) - self.quarantined.keys()
+        return job.waits_for_nodes and any(words.get(name) in _WITH_ROOM for name in over)
 
     def _gpus(self, job: Job) -> int:
         """GPUs that count against the budget; of an unreadable comment, what Slurm knows."""

@@ -190,11 +190,11 @@ MUTATIONS = (
     ),
     Mutation(
         "R24",
-        "planner/model.py",
-        "if seen.status(job) is not Status.STARTING or job.started_at is None:\n"
-        "        return False\n    return seen.at - job.started_at >",
-        "if seen.status(job) not in (Status.PENDING, Status.STARTING):\n"
-        "        return False\n    return seen.at - job.submitted_at >",
+        "planner/seen.py",
+        "if self.status(job) is not Status.STARTING or job.started_at is None:\n"
+        "            return False\n        return self.at - job.started_at >",
+        "if self.status(job) not in (Status.PENDING, Status.STARTING):\n"
+        "            return False\n        return self.at - job.submitted_at >",
         "unit/test_planner.py::test_R24_pending_for_hours_is_no_failure",
     ),
     Mutation(

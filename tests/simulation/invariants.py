@@ -7,7 +7,7 @@ does to that world. Where the truth could not be known to it, the check says so.
 from collections.abc import Iterable, Mapping
 
 from reconciler.naming import parse_comment, parse_name
-from reconciler.plan import Cancel, Drain, JobRef, NoteKind, Plan, Reason, Route, Status
+from reconciler.plan import Cancel, Drain, JobRef, NoteKind, Plan, Reason, Route, Status, Submit
 from reconciler.rollover import MARGIN_S
 from reconciler.spec import Fleet, Model
 from reconciler.state import Health, JobKey, Probe
@@ -20,6 +20,7 @@ MOST_SLURM_QUERIES = 3
 _YOUNG_S = 60.0
 # A cycle's time is the one that it began at.
 _SLACK_S = 5.0
+_TOO_MANY = (Reason.STALE, Reason.SURPLUS)
 
 
 class Violation(AssertionError):
@@ -306,6 +307,23 @@ class Invariants(Watch):
             self._fail(1, f"no listing to be trusted, and yet: {plan.actions[0].kind}")
         self._keeps_what_it_cannot_see(plan)
         self._owns_all(plan)
+        self._takes_no_turns(plan)
+
+    def _takes_no_turns(self, plan: Plan) -> None:
+        """Invariant 2: none that waits goes as one too many while another like it is submitted."""
+        new = {
+            (one.name.model, one.name.revision) for one in plan.actions if isinstance(one, Submit)
+        }
+        for one in plan.actions:
+            if isinstance(one, Cancel) and one.pending and one.reason in _TOO_MANY:
+                name = one.job.name
+                if (name.model, name.revision) in new and not self._has_a_revoked_key(one.job):
+                    self._fail(2, f"{name} goes ({one.reason}), and one like it is submitted")
+
+    def _has_a_revoked_key(self, ref: JobRef) -> bool:
+        job = self._world.cluster.jobs.get(ref.id)
+        comment = parse_comment(job.comment) if job is not None else None
+        return comment is not None and not set(comment.keys) <= set(self._world.secrets.ids)
 
     def probed(self, probes: Mapping[JobKey, Probe]) -> None:
         """Note which addresses have answered a completion, by the truth of the engine there."""

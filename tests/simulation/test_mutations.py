@@ -65,7 +65,7 @@ def submissions_forgotten(patch: Patch) -> None:
 
 def avoided_for_ever(patch: Patch) -> None:
     """A job that waits avoids the nodes of its submission, whatever becomes of them."""
-    patch.setattr(reconciler.planner.model, "_avoids_in_vain", lambda *_: False)
+    patch.setattr(Seen, "_avoids_in_vain", lambda *_: False)
 
 
 def observer_trusted(patch: Patch) -> None:

@@ -66,7 +66,10 @@ def list_(spec: Path, as_json: bool) -> None:
     from reconciler.render import backend_keys_text
 
     fleet, secrets = _secrets(spec)
-    jobs, views = SlurmCli().jobs(fleet.fleet).jobs, NginxGateways(fleet.gateway).look()
+    jobs, views = (
+        SlurmCli().jobs(fleet.fleet).jobs,
+        NginxGateways(fleet.gateway, fleet.fleet).look(),
+    )
     record = listing(secrets.backend_keys(), jobs, views, time.time())
     click.echo(json.dumps(record, indent=2) if as_json else backend_keys_text(record))
 

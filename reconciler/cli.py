@@ -496,7 +496,7 @@ def _load(spec: Path, state_dir: Path | None) -> "tuple[Fleet, World]":
     return fleet, World(
         slurm=SlurmCli(),
         engines=HttpEngines(secrets),
-        gateways=NginxGateways(fleet.gateway),
+        gateways=NginxGateways(fleet.gateway, fleet.fleet),
         images=ImageFolder(),
         secrets=secrets,
         store=SqliteStore(_state_folder(fleet, state_dir), _warn),

@@ -38,6 +38,8 @@ _STATES = {
 }
 # A replica is replaced at once after these: they say nothing of its revision.
 _NOT_THE_REVISIONS = frozenset({Cause.NODE, Cause.PREEMPTED, Cause.WALLTIME})
+# So often may nodes fail in a quarantine's time before the next try waits.
+_NODES_AT_ONCE = 2
 # The same on every node: trying more nodes will not help.
 _EVERYWHERE = frozenset({Cause.ARGUMENTS, Cause.IMAGE, Cause.KEYS, Cause.WEIGHTS})
 _NONE = Failures(count=0, last_at=0.0, counted=frozenset())
@@ -124,12 +126,26 @@ def _ready_since(job: Job) -> int:
 
 
 def _with(before: Failures, failure: Failure) -> Failures:
-    counts = failure.cause not in _NOT_THE_REVISIONS
+    counts = failure.cause not in _NOT_THE_REVISIONS or _nodes_fail(before, failure)
     return replace(
         before,
         count=before.count + counts,
         last_at=failure.at if counts else before.last_at,
         recent=(*before.recent, failure)[-_REMEMBERED:],
+    )
+
+
+def _nodes_fail(before: Failures, failure: Failure) -> bool:
+    """Whether node after node has failed: many jobs that one takes along are one failure."""
+    times = {
+        one.at
+        for one in before.recent
+        if one.cause is Cause.NODE and failure.at - one.at < QUARANTINE_S
+    }
+    return (
+        failure.cause is Cause.NODE
+        and len(times - {failure.at}) >= _NODES_AT_ONCE
+        and (failure.at not in times)
     )
 
 
@@ -147,13 +163,15 @@ def backoff_until(failures: Failures | None) -> float:
 def halted(failures: Failures) -> str | None:
     """Return why a revision is a bad release, None if it may still be chance."""
     in_a_row = failures.recent[-failures.count :] if failures.count else ()
-    for why in sorted(_EVERYWHERE):
+    # Of one that was ready only its arguments can't be what its nodes lack now.
+    for why in sorted({Cause.ARGUMENTS} if failures.was_ready else _EVERYWHERE):
         alike = [failure for failure in in_a_row if failure.cause is why]
         if alike and not _common_nodes(alike):
             return f"{why} on {' and '.join(sorted({failure.node for failure in alike}))}"
-    # A limit of Slurm's passes; it says nothing against the release.
-    refused = sum(1 for failure in in_a_row if failure.cause is Cause.REFUSED)
-    if failures.count - refused >= HALT_AFTER and not failures.was_ready:
+    # A limit of Slurm's passes, as does what nodes lack; they say nothing against the release.
+    others = (Cause.REFUSED, Cause.NODE)
+    passing = sum(1 for failure in in_a_row if failure.cause in others)
+    if failures.count - passing >= HALT_AFTER and not failures.was_ready:
         last = f", the last: {in_a_row[-1].cause}" if in_a_row else ""
         return f"{failures.count} failures and never ready{last}"
     return None
@@ -166,7 +184,10 @@ def _common_nodes(failures: Sequence[Failure]) -> frozenset[str]:
 
 
 def quarantined(memory: Memory, at: float) -> Mapping[str, float]:
-    """Return the nodes to avoid and until when: several failures there, and none elsewhere."""
+    """Return the nodes to avoid and until when: several failures there, and none elsewhere.
+
+    Where a job itself says that it is for its node's sake, others elsewhere don't matter.
+    """
     until: dict[str, float] = {}
     counts: dict[str, int] = {}
     for failures in memory.failures.values():
@@ -175,7 +196,10 @@ def quarantined(memory: Memory, at: float) -> Mapping[str, float]:
             for failure in failures.recent
             if failure.cause in _NODES_OWN and at - failure.at < QUARANTINE_S
         ]
-        for node in _common_nodes(recent):
-            counts[node] = counts.get(node, 0) + len(recent)
-            until[node] = max(until.get(node, 0.0), recent[-1].at + QUARANTINE_S)
+        shared = _common_nodes(recent)
+        for failure in recent:
+            for node in expand(failure.node) or ("",):
+                if node in shared or failure.cause is Cause.NODE:
+                    counts[node] = counts.get(node, 0) + 1
+                    until[node] = max(until.get(node, 0.0), failure.at + QUARANTINE_S)
     return {node: until[node] for node in sorted(until) if counts[node] >= QUARANTINE_AFTER}

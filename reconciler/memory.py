@@ -93,7 +93,8 @@ def _kept(memory: Memory, plan: Plan, recipes: Iterable[Recipe]) -> Mapping[str,
         if view.status is Status.READY
     }
     wanted = {(view.name, view.revision) for view in plan.models}
-    models = {view.name for view in plan.models}
+    # Of a model whose block is gone too, as long as jobs of it are left: they end as it said.
+    models = {view.name for view in plan.models} | {view.name.model for view in plan.replicas}
     kept = {name: recipe for name, recipe in memory.kept.items() if name in models}
     for recipe in recipes:
         name = recipe.model.name

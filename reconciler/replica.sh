@@ -83,7 +83,7 @@ choose_port() {
 # must not change this script's variables. A container starts from an empty one, and what it may see
 # goes in by name, never as an argument, which every user of the node could read.
 set_environment() {
-  local variable prefix=''
+  prefix=''
   if $contained; then
     prefix=APPTAINERENV_
     APPTAINERENV_USER=$(id -un)
@@ -93,7 +93,9 @@ set_environment() {
   fi
   # Without it vLLM asks the default route which address is its own, and a node may have none.
   ((node_count == 1)) || export "${prefix}VLLM_HOST_IP=$node"
-  for variable in "${environment[@]}"; do export "$prefix$variable"; done
+  # One of them may be called as a variable of this script, which are not needed any more.
+  set -- "${environment[@]/#/$prefix}"
+  while (($#)); do unset -v "${1%%=*}"; export "${1?}"; shift; done
 }
 
 # Start this node's rank of the engine, with further words for its command line.
@@ -105,8 +107,9 @@ start_rank() {
   fi
   (
     trap - USR1 USR2 TERM EXIT
+    set -- "${command[@]}"
     set_environment
-    exec "${command[@]}"
+    exec "$@"
   ) &
   engine=$!
 }

@@ -155,7 +155,7 @@ def render_gateway(
         "fleet.json": _fleet_json(fleet, by_model, exhausted, external),
         "gateway.lua": _GATEWAY_LUA,
         "answer.lua": _ANSWER_LUA,
-        "targets.json": _targets_json(ordered, trust, exhausted, external),
+        "targets.json": _targets_json(fleet.fleet, ordered, trust, exhausted, external),
     }
     text = json.dumps(parts, sort_keys=True)
     generation = hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -208,7 +208,14 @@ def parse_exhausted(text: str) -> tuple[str, ...]:
     return tuple(str(name) for name in record.get("exhausted", ()))
 
 
+def parse_owner(text: str) -> str | None:
+    """Return whose routes a `targets.json` has: a fleet's name, None where it does not say."""
+    owner = json.loads(text).get("fleet")
+    return None if owner is None else str(owner)
+
+
 def _targets_json(
+    fleet: str,
     targets: tuple[Target, ...],
     trust: Trust | None,
     exhausted: Collection[str],
@@ -220,7 +227,8 @@ def _targets_json(
     # A line each: diffs are readable, and the encoder's own indentation takes three times as long.
     rows = ",\n".join(json.dumps(_entry(target)) for target in targets)
     head = (
-        f'{{"generation": "{GENERATION_MARK}",\n"trust": {json.dumps(believed)},\n'
+        f'{{"generation": "{GENERATION_MARK}",\n"fleet": {json.dumps(fleet)},\n'
+        f'"trust": {json.dumps(believed)},\n'
         f'"exhausted": {json.dumps(sorted(exhausted))},\n{others}'
     )
     return f'{head}"targets": [\n{rows}\n]}}\n'

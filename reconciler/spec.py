@@ -672,6 +672,8 @@ _OURS = frozenset(
     | {"ssl-certfile", "ssl-keyfile", "ssl-ca-certs", "ssl-cert-reqs"}
     | {"nnodes", "node-rank", "master-addr", "master-port", "headless"}
 )
+# A secret as an argument can be read by every user of its node.
+_PUBLIC = {"hf-token": "HF_TOKEN"}
 # Their product is how many ranks an engine has.
 _PARALLEL = (
     *("tensor-parallel-size", "pipeline-parallel-size"),
@@ -728,6 +730,8 @@ def _unfit_arguments(args: Mapping[str, ArgValue]) -> Iterator[tuple[str, str]]:
         flag = key.replace("_", "-")
         if flag in _OURS:
             yield key, f'"{key}" is set by fleet for each replica; remove it'
+        if flag in _PUBLIC and isinstance(value, str):
+            yield key, f'every user of a node can read "{key}"; use {_PUBLIC[flag]} under env'
         if flag in flags:
             yield key, f'"{key}" is given twice, with - and with _; keep one'
         flags.add(flag)

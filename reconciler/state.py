@@ -159,7 +159,7 @@ class Probe:
 
     health: Health
     ongoing: int | None = None
-    tokens: float | None = None  # generated since the engine started; it stands still when hung
+    tokens: float | None = None  # and steps since the engine started: they stand still when hung
     detail: str = ""
 
 

@@ -227,7 +227,7 @@ def _change(tls: bool) -> None:
         Target(model=MODEL, job_id=port, submitted_at=port, address=f"127.0.0.1:{port}")
         for port in _REPLICAS
     ]
-    NginxGateways(fleet.gateway).change("gateway", render_gateway(fleet, targets))
+    NginxGateways(fleet.gateway, fleet.fleet).change("gateway", render_gateway(fleet, targets))
 
 
 def _nginx(conf: Path) -> list[str]:

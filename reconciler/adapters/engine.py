@@ -40,7 +40,11 @@ _OUT_OF_DATE = (9, 10)
 
 # Over all engines of one API server (the label `engine`).
 _ONGOING = re.compile(r"vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? ([0-9.eE+-]+)")
-_TOKENS = re.compile(r"vllm:generation_tokens_total(?:\{[^}]*\})? ([0-9.eE+-]+)")
+# A step of the engine counts too: a long prompt takes many of them before its first token.
+_TOKENS = re.compile(
+    r"vllm:(?:generation_tokens_total|iteration_tokens_total_count)(?:\{[^}]*\})? ([0-9.eE+-]+)"
+)
+_COUNTED = ("vllm:num_requests_", "vllm:generation_tokens_", "vllm:iteration_tokens_total_count")
 
 
 # What an answer is that no engine gives.
@@ -296,9 +300,9 @@ def _well(answer: tuple[int, str]) -> str:
 
 
 def parse_metrics(metrics: str) -> tuple[int | None, float | None]:
-    """Return running plus waiting requests, and generated tokens; None for what is not told."""
+    """Return running plus waiting requests, and tokens plus steps; None for what is not told."""
     # Few of a scrape's lines are ours, and an expression is slow to pass over the others.
-    lines = [line for line in metrics.split("\n") if line.startswith(("vllm:num_", "vllm:gen"))]
+    lines = [line for line in metrics.split("\n") if line.startswith(_COUNTED)]
     ongoing, tokens = (_sum(map(name.fullmatch, lines)) for name in (_ONGOING, _TOKENS))
     return (None if ongoing is None else round(ongoing)), tokens
 

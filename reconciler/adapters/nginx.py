@@ -15,7 +15,13 @@ from importlib.resources import files
 
 from reconciler.adapters.ports import LogPart
 from reconciler.errors import GatewayFailed
-from reconciler.routes import STATUS_ADDRESS, GatewayFiles, parse_exhausted, parse_targets
+from reconciler.routes import (
+    STATUS_ADDRESS,
+    GatewayFiles,
+    parse_exhausted,
+    parse_owner,
+    parse_targets,
+)
 from reconciler.spec import Gateway, GatewayHost
 from reconciler.state import GatewayView
 
@@ -32,10 +38,11 @@ _SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "-o", "ServerAli
 
 
 class NginxGateways:
-    """The adapter for all gateways of one fleet."""
+    """The adapter for all gateways of one fleet, whose name keeps it from another one's routes."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, fleet: str) -> None:
         self._gateway = gateway
+        self._fleet = fleet
 
     def look(self) -> tuple[GatewayView, ...]:
         with ThreadPoolExecutor(max_workers=8) as pool:
@@ -69,6 +76,12 @@ class NginxGateways:
             if generation == "none":
                 return GatewayView(name=host.name, old_workers=int(old_workers))
             _, targets = parse_targets(listing)
+            owner = parse_owner(listing)
+            if targets and owner not in (None, self._fleet):
+                raise GatewayFailed(
+                    f"gateway {host.name}: {self._gateway.directory} serves the fleet {owner}: "
+                    f"end that first, or give this one its own gateway.directory"
+                )
             return GatewayView(
                 name=host.name,
                 # A start of nginx would read something else: as good as behind, so swapped again.

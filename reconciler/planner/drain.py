@@ -33,10 +33,7 @@ def next_steps(seen: Seen, leaving: Mapping[JobKey, Reason]) -> tuple[list[Actio
             continue
         ref = JobRef(id=job.id, submitted_at=job.submitted_at, name=job.name)
         reason = leaving[job.key]
-        model = seen.models.get(job.name.model)
-        timeout_s = (
-            seen.fleet.drain_timeout_s(model) if model else seen.fleet.defaults.drain_timeout_s
-        )
+        timeout_s = _drain_timeout_s(job, seen)
         # The time to drain begins when no request can come any more.
         deadline = None if seen.may_get_requests(job) else seen.clock(job).since + timeout_s
         waits_for = _waits_for(job, seen)
@@ -49,6 +46,17 @@ def next_steps(seen: Seen, leaving: Mapping[JobKey, Reason]) -> tuple[list[Actio
             note = Note(kind=NoteKind.DRAINING, subject=str(job.name), text=text, until=deadline)
             notes.append(note)
     return actions, notes
+
+
+def _drain_timeout_s(job: Job, seen: Seen) -> int:
+    """Return how long a replica may drain; once its model's block is gone, what that said last."""
+    model = seen.models.get(job.name.model)
+    kept = seen.memory.kept.get(job.name.model)
+    if model is not None:
+        return seen.fleet.drain_timeout_s(model)
+    if kept is not None:
+        return kept.fleet.drain_timeout_s(kept.model)
+    return seen.fleet.defaults.drain_timeout_s
 
 
 def _waits_for(job: Job, seen: Seen) -> str | None:

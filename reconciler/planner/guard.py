@@ -36,16 +36,28 @@ def within_blast_radius(
 
 
 def _lost(part: Part, seen: Seen, allow_destroy: frozenset[str]) -> list[Job]:
-    """Return the replicas that serve and would end because fewer are wanted."""
+    """Return the replicas that serve and would end because fewer are wanted.
+
+    An edit that wants fewer may make them stale too, or their nodes may be wanted: then what is too
+    many are those beyond what a rollout has at most.
+    """
     if part.view is None or part.view.name in allow_destroy or part.view.wanted == 0:
         return []
-    return [
-        job
-        for job, reason in part.leaving
-        if reason is Reason.SURPLUS
-        and seen.status(job) is Status.READY
-        and not drain_has_begun(job, seen)
-    ]
+    going = {
+        reason: [
+            job
+            for job, why in part.leaving
+            if why is reason
+            and seen.status(job) is Status.READY
+            and not drain_has_begun(job, seen)
+            and not seen.must_go(seen.models[part.view.name], job)
+        ]
+        for reason in (Reason.SURPLUS, Reason.STALE, Reason.EXPIRING)
+    }
+    surplus = going.pop(Reason.SURPLUS)
+    most = part.view.wanted + seen.fleet.defaults.rollout.max_surge
+    too_many = max(0, part.view.ready - most - len(surplus))
+    return surplus + [job for jobs in going.values() for job in jobs][:too_many]
 
 
 def not_in_spec(seen: Seen, allow_destroy: frozenset[str]) -> Part:

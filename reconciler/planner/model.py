@@ -21,6 +21,7 @@ from reconciler.spec import Model, parse_duration
 from reconciler.state import (
     Aborted,
     Cause,
+    Health,
     Job,
     JobKey,
     Recipe,
@@ -39,15 +40,11 @@ class Part:
 
 def decide(model: Model, seen: Seen) -> Part:
     """Decide for one model of the spec: for its canary, and for everything else of it."""
-    unknown = [variant.image for variant, revision in seen.variants[model.name] if not revision]
-    if unknown:
-        text = seen.observation.image_errors.get(unknown[0], "its image can't be read")
-        note = Note(kind=NoteKind.IMAGE_UNKNOWN, subject=model.name, text=text)
-        return Part(notes=(note,), view=model_view(model, seen))
     alone = left_alone(model.name, model.suspend, seen)
     if alone is not None:
         return Part(notes=(alone,), view=model_view(model, seen))
-    parts: list[Part] = []
+    unknown = [variant.image for variant, revision in seen.variants[model.name] if not revision]
+    parts = [_unreadable(model, unknown[0], seen)] if unknown else []
     for case in [*_cases(model, seen)][::-1]:  # the model before its canary
         # Both may lack replicas of one revision, where what was ready last is the canary now.
         new = {submit.name.ordinal for part in parts for submit in part.submits}
@@ -60,6 +57,22 @@ def decide(model: Model, seen: Seen) -> Part:
         notes=tuple(note for part in parts for note in part.notes),
         view=model_view(model, seen),
     )
+
+
+def _unreadable(model: Model, image: str, seen: Seen) -> Part:
+    """Say which image can't be read. Whatever is wanted of it, what ends soon drains in time."""
+    text = seen.observation.image_errors.get(image, "its image can't be read")
+    note = Note(kind=NoteKind.IMAGE_UNKNOWN, subject=model.name, text=text)
+    [(_, wanted), *_] = seen.variants[model.name]
+    leaving = [
+        (job, Reason.EXPIRING)
+        for job in seen.jobs_of(model.name)
+        if job.name.revision != wanted  # which is decided like any other
+        and serves(job, seen)
+        and not seen.is_unknown(job)
+        and seen.must_go(model, job)
+    ]
+    return Part(leaving=tuple(leaving), notes=(note,))
 
 
 def _given_up(aborted: Aborted, model: Part, seen: Seen) -> Part:
@@ -113,13 +126,14 @@ class _Case:
 
     @property
     def max_unavailable(self) -> int:
-        """How many may be missing for a while; the model itself has spent that for its canary.
+        """How many may be missing for a while: none for the sake of what may not be submitted.
 
-        None for the sake of what may not be submitted.
+        Of a canary none either, where one more may be submitted first.
         """
-        if self.canary or self.held is not None:
+        rollout = self.seen.fleet.defaults.rollout
+        if (self.canary and rollout.max_surge) or self.held is not None:
             return 0
-        return self.seen.fleet.defaults.rollout.max_unavailable
+        return rollout.max_unavailable
 
     def is_current(self, job: Job) -> bool:
         return job.name.revision == self.revision and self.seen.keys_differ(job) is None
@@ -137,18 +151,28 @@ class _Case:
 
 
 def _cases(model: Model, seen: Seen) -> Iterator[_Case]:
-    """Yield the model itself, which answers for every job that is nobody else's, and its canary."""
+    """Yield the canary, and the model itself, which answers for every job that is nobody else's.
+
+    While an image can't be read, only what is surely the model's is decided: any other job may be
+    of the revision that is not known.
+    """
     jobs = seen.jobs_of(model.name)
     (plain, wanted), *canaries = seen.variants[model.name]
+    if wanted is None:
+        return
+    if any(revision is None for _, revision in canaries):
+        own = [job for job in jobs if job.name.revision == wanted]
+        yield _case(plain, wanted, own, None, seen)
+        return
     rest = {job.key for job in jobs}
     if model.name in seen.aborted:
         rest -= {*seen.aborted[model.name].jobs}
     for canary, revision in canaries:
-        own = seen.canary_jobs(model.name)
-        rest -= {job.key for job in own}
-        yield _case(canary, revision or "", own, None, seen, canary=True)
+        canarys = seen.canary_jobs(model.name)
+        rest -= {job.key for job in canarys}
+        yield _case(canary, revision or "", canarys, None, seen, canary=True)
     own = [job for job in jobs if job.key in rest]
-    yield _case(plain, wanted or "", own, seen.fallback(model, wanted or ""), seen)
+    yield _case(plain, wanted, own, seen.fallback(model, wanted), seen)
 
 
 def _case(
@@ -230,7 +254,8 @@ def _leaving(case: _Case) -> list[tuple[Job, Reason]]:
     for job in _outgoing_to_leave(case, current, [job for job in outgoing if job not in returning]):
         choose([job], Reason.EXPIRING if case.is_expiring(job) else Reason.STALE)
     healthy = [job for job in current if job.key not in chosen]
-    surplus = max(0, len(healthy) - model.replicas)
+    # Nor may one go in the place of those of which this host can't tell whether they serve.
+    surplus = 0 if seen.observer_suspect else max(0, len(healthy) - model.replicas)
     choose(sorted(healthy, key=lambda job: _victim_order(job, seen))[:surplus], Reason.SURPLUS)
     return list(chosen.values())
 
@@ -247,7 +272,9 @@ def _returning(case: _Case, current: Sequence[Job], outgoing: Sequence[Job]) -> 
     serving = [
         job
         for job in outgoing
-        if not case.is_expiring(job) and case.seen.status(job) in (Status.READY, Status.SILENT)
+        if case.seen.status(job) in (Status.READY, Status.SILENT)
+        and not case.is_expiring(job)
+        and case.seen.keys_differ(job) is None  # or a successor is on its way for that
     ]
     wanted = case.model.replicas - case.ready(current) - len(serving)
     candidates.sort(key=lambda job: (-progress(job, case.seen), job.name))
@@ -287,7 +314,7 @@ def _outgoing_to_leave(case: _Case, current: Sequence[Job], outgoing: Sequence[J
     idle = [job for job in outgoing if seen.status(job) not in (Status.READY, Status.SILENT)]
     ready = len(serving) + case.ready(current)
     spare = ready - (case.model.replicas - case.max_unavailable)
-    if spare < 0:
+    if spare < 0 or seen.observer_suspect:
         return idle
 
     def order(job: Job) -> tuple[Any, ...]:
@@ -301,14 +328,15 @@ def _outgoing_to_leave(case: _Case, current: Sequence[Job], outgoing: Sequence[J
     return idle + silent + sorted(serving, key=order)[:spare]
 
 
-def _victim_order(job: Job, seen: Seen) -> tuple[int, bool, bool, float, int, int]:
-    """Sort key, first to leave first: who got least far, then whose drain has begun, and so on."""
+def _victim_order(job: Job, seen: Seen) -> tuple[int, bool, bool, bool, float, int, int]:
+    """Sort key, first to leave first: who got least far or is silent, whose drain has begun, ..."""
     probe = seen.probe(job)
+    answers = probe is not None and probe.health is Health.READY
     load = probe.ongoing if probe is not None and probe.ongoing is not None else 0
     draining = job.key in seen.memory.drains
     ends = float("inf") if job.ends_at is None else job.ends_at
     routed = job.key in seen.routed
-    return (progress(job, seen), not draining, routed, ends, load, -job.name.ordinal)
+    return (progress(job, seen), answers, not draining, routed, ends, load, -job.name.ordinal)
 
 
 def _missing(case: _Case, staying: Sequence[Job]) -> tuple[tuple[Submit, ...], tuple[Note, ...]]:

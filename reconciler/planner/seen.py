@@ -286,11 +286,16 @@ class Seen:
         return self.at - job.started_at > self.fleet.startup_timeout_s(model)
 
     def _fits_before_maintenance(self, model: Model, job: Job) -> bool:
-        """Whether a job that waits for a maintenance to end could run before it if shorter."""
+        """Whether a job that waits for a maintenance to end could run before it if shorter.
+
+        What was cut for it already waits for something else: to cut it again would not help.
+        """
         left_s = self.before_maintenance_s()
         if not job.waits_for_reservation or left_s is None or job.limit_s is None:
             return False
-        return self.floor_s(model) <= left_s < job.limit_s
+        begins = self.at + left_s + MARGIN_S
+        cut = job.submitted_at + job.limit_s <= begins
+        return not cut and self.floor_s(model) <= left_s < job.limit_s
 
     def _avoids_in_vain(self, job: Job) -> bool:
         """Whether a job waits for nodes, and avoids one with room that is in quarantine no more."""

@@ -84,8 +84,8 @@ MUTATIONS = (
     Mutation(
         "R09",
         "planner/model.py",
-        "return (progress(job, seen), not draining,",
-        "return (-progress(job, seen), not draining,",
+        "return (progress(job, seen), answers,",
+        "return (-progress(job, seen), answers,",
         "unit/test_planner.py::test_R09_surplus_leaves_in_the_order_of_what_it_costs",
     ),
     Mutation(

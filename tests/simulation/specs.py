@@ -120,9 +120,10 @@ def _canary(wanted: Wanted) -> dict[str, Any]:
 def first_spec(random: Random) -> Spec:
     """Return the spec that a run begins with: two or three models, seldom a tight budget."""
     tight = random.random() < 0.2
+    chance = 0.2 if tight else random.random()
     spec = Spec(
         budget=6 if tight else 9,
-        rollout={"max_surge": 1, "max_unavailable": 1 if tight or random.random() < 0.3 else 0},
+        rollout={"max_surge": 0 if chance < 0.1 else 1, "max_unavailable": int(chance < 0.3)},
         walltime=random.choice(("0:10:00", "1:00:00", "8:00:00")),
         gateways=random.choice((1, 2, 2)),
     )

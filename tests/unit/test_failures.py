@@ -243,6 +243,40 @@ def test_job_that_waits_for_nodes_avoids_none_in_vain(
     assert [submit.exclude for submit in submits(decided)] == ([("node2",)] if replaced else [])
 
 
+def test_R25_node_after_node_that_fails_backs_off_and_is_avoided() -> None:
+    """A full /tmp on every node: the third moment at which one says so makes the next try wait."""
+    memory, begun = NOTHING, 0
+    for at in range(12):
+        ended_now = failed(at + 1, 71, node=f"node{at % 3 + 1}")
+        now = AT + 10 * at
+        memory = after(ended_now, at=now, memory=memory)
+        begun += backoff_until(memory.failures[NAME]) <= now
+    assert begun <= 4
+    assert halted(memory.failures[NAME]) is None  # it is not the release's fault
+    assert sorted(quarantined(memory, AT + 111)) == ["node1", "node2", "node3"]
+
+
+def test_node_that_takes_many_replicas_along_holds_nothing_back() -> None:
+    """They are replaced at once: it is one failure, however many jobs it ended."""
+    jobs = [failed(id, state="NODE_FAIL") for id in range(1, 9)]
+    assert backoff_until(after(*jobs).failures[NAME]) <= AT
+
+
+def test_node_that_says_so_itself_is_avoided_whatever_happens_elsewhere() -> None:
+    """One chance crash elsewhere says nothing for a node whose own jobs blame it."""
+    own = [_failure(Cause.NODE), _failure(Cause.ENGINE, "node2"), _failure(Cause.NODE)]
+    assert list(quarantined(Memory(failures={NAME: _failures(*own)}), AT + 1)) == ["node1"]
+
+
+def test_what_nodes_lack_halts_no_release_that_was_ready() -> None:
+    """Two nodes without the weights, and others that have them: it backs off, and goes on."""
+    lacking = _failures(_failure(Cause.WEIGHTS, "node8"), _failure(Cause.WEIGHTS, "node9"))
+    assert halted(lacking) is not None
+    assert halted(replace(lacking, was_ready=True)) is None
+    wrong = _failures(_failure(Cause.ARGUMENTS, "node8"), _failure(Cause.ARGUMENTS, "node9"))
+    assert halted(replace(wrong, was_ready=True)) is not None
+
+
 def test_node_that_had_a_part_in_each_failure_is_avoided() -> None:
     """Of several nodes the one that all failed jobs had is to blame, or all that they shared."""
     shared = _failures(_failure(Cause.NODE, "node[1-2]"), _failure(Cause.NODE, "node[2-3]"))

@@ -65,7 +65,7 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Log:
     (programs / "later").write_text("0\n")
     monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
     record = {"directory": str(folder), "hosts": [{"name": "gateway"}]}
-    return Log(folder, NginxGateways(fleet(gateway=record).gateway), programs)
+    return Log(folder, NginxGateways(fleet(gateway=record).gateway, "demo"), programs)
 
 
 def settle(log: Log) -> None:

@@ -43,7 +43,7 @@ class Gateway:
         self.here = here
         self.folder = here / "gateway"
         record = {"directory": str(self.folder), "hosts": [{"name": "gateway"}]}
-        self.adapter = NginxGateways(fleet(gateway=record).gateway)
+        self.adapter = NginxGateways(fleet(gateway=record).gateway, "demo")
 
     @property
     def log(self) -> list[str]:
@@ -182,6 +182,18 @@ def test_gateway_that_can_not_be_read_is_an_error_and_not_empty(
     assert view.error is not None
     assert message in view.error
     assert view.targets == ()
+
+
+def test_routes_of_another_fleet_are_let_be(gateway: Gateway) -> None:
+    """A fleet that was renamed, or two with one folder: neither takes the other's routes away."""
+    other = fleet(fleet="other")
+    gateway.adapter.change("gateway", rendered(other, [target(job(revision(other)))]))
+    [view] = gateway.adapter.look()
+    assert view.error is not None
+    assert "serves the fleet other" in view.error
+    gateway.adapter.change("gateway", rendered(other, []))  # it has ended
+    [view] = gateway.adapter.look()
+    assert view.error is None
 
 
 def test_last_generations_are_kept_and_no_more(gateway: Gateway) -> None:

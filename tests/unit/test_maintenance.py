@@ -67,6 +67,16 @@ def test_job_that_is_short_enough_waits_on() -> None:
     assert decide(2 * HOUR, waiting(limit_s=HOUR)).actions == ()
 
 
+def test_what_was_cut_for_a_maintenance_is_not_cut_again() -> None:
+    """It waits for something else, such as a reservation in progress: else it never got older."""
+    limit_s = 2 * HOUR - int(MARGIN_S)
+    earlier = int(AT) - 600
+    cut = replace(waiting(limit_s), submitted_at=earlier)
+    assert decide(2 * HOUR - 600, cut).actions == ()
+    never_cut = replace(waiting(), submitted_at=earlier)
+    assert ended(decide(2 * HOUR - 600, never_cut)) == {1: f"cancel: {Reason.MAINTENANCE}"}
+
+
 @pytest.mark.parametrize("left_s", [FLOOR_S - 1, 0.0, -100.0])
 def test_too_little_time_is_worth_no_start(left_s: float) -> None:
     """The note says why nothing starts."""

@@ -104,6 +104,23 @@ def test_R33_edit_beyond_the_blast_radius_waits_for_a_word(replicas: int, share:
     assert len(leaving(allowed)) == 10 - replicas
 
 
+def test_R33_edit_that_changes_the_revision_too_is_within_the_blast_radius_or_waits() -> None:
+    """Nine of ten would go as stale ones; a rollout of as many as before takes its steps."""
+    wanted = fleet(model_record(replicas=1), budget={"gpus": 20})
+    jobs = [job(OLD, id=n, ordinal=n) for n in range(1, 11)]
+    seen = observation(*jobs, gateways=[view(wanted, *jobs)])
+    decided = plan(wanted, seen, Memory())
+    assert len(leaving(decided)) <= 2
+    assert notes(decided, NoteKind.GUARD)
+    allowed = plan(wanted, seen, Memory(), frozenset({"tiny"}))
+    assert len(leaving(allowed)) == 9
+    same = fleet(model_record(replicas=10), budget={"gpus": 20})
+    new = job(revision(same), id=11)
+    rolling = plan(same, observation(new, *jobs, gateways=[view(same, new, *jobs)]), Memory())
+    assert len(leaving(rolling)) == 1
+    assert notes(rolling, NoteKind.GUARD) == []
+
+
 # --- the file -----------------------------------------------------------------------------------
 
 

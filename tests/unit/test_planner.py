@@ -404,6 +404,24 @@ def test_observer_that_sees_most_replicas_silent_suspects_itself() -> None:
     assert len(notes(decided, NoteKind.OBSERVER)) == 1
 
 
+def test_R01_what_alone_answers_does_not_leave_while_the_observer_is_suspected() -> None:
+    """Neither as one too many nor as a stale one: nobody knows whether the others serve."""
+    for one, jobs in (
+        (fleet(model_record(replicas=2)), [job(REV, id=n, ordinal=n) for n in range(1, 5)]),
+        (FLEET, [job(OLD, id=1), *(job(REV, id=n, ordinal=n) for n in (2, 3, 4))]),
+    ):
+        healths = dict.fromkeys((2, 3, 4), Health.SILENT)
+        seen = observation(*jobs, healths=healths, gateways=[view(one, *jobs)])
+        assert leaving(plan(one, seen, misses(9, *jobs[1:]))) == {}
+
+
+def test_of_replicas_too_many_a_silent_one_goes_first() -> None:
+    """One look without an answer changes no route, and still tells who may be missed least."""
+    jobs = [job(REV, id=n, ordinal=n) for n in (1, 2, 3)]
+    seen = observation(*jobs, healths={1: Health.SILENT}, gateways=[view(FLEET, *jobs)])
+    assert leaving(plan(FLEET, seen, misses(1, jobs[0]))) == {1: Reason.SURPLUS}
+
+
 def test_starting_replica_is_late_only_after_its_timeout() -> None:
     """A job that runs longer than its startup timeout without being ready is replaced."""
     jobs = job(REV, id=1, ready_at=None, started_at=int(AT) - 600), job(REV, id=2, ordinal=1)
@@ -546,6 +564,29 @@ def test_image_that_can_not_be_read_holds_its_model_and_no_other() -> None:
     assert [action.name.model for action in submits(decided)] == ["other"]
     assert (leaving(decided), route(decided)) == ({}, None)
     assert not decided.observed
+
+
+def test_canary_whose_image_can_not_be_read_does_not_hold_its_model() -> None:
+    """What is surely the model's is replaced; any other job may be the canary's, and stays."""
+    images = {name: {"runtime": "none", "path": f"/opt/{name}"} for name in ("engine", "second")}
+    wanted = fleet(model_record(canary={"image": "second"}), images=images)
+    jobs = [job(revision(wanted), id=1), job(OLD, id=2, ordinal=1)]
+    seen = observation(
+        *jobs, gateways=[view(wanted, *jobs)], image_errors={"second": "no manifest"}
+    )
+    decided = plan(wanted, seen, NOTHING)
+    assert [submit.name.revision for submit in submits(decided)] == [revision(wanted)]
+    assert leaving(decided) == {}
+    assert [note.text for note in notes(decided, NoteKind.IMAGE_UNKNOWN)] == ["no manifest"]
+
+
+def test_model_whose_image_can_not_be_read_drains_what_ends_soon() -> None:
+    """Its walltime would cut its requests, whatever is wanted."""
+    jobs = [job(REV, id=1, ends_at=int(AT) + 90), job(REV, id=2, ordinal=1)]
+    seen = observation(*jobs, gateways=[view(FLEET, *jobs)], digests={})
+    decided = plan(FLEET, seen, NOTHING)
+    assert leaving(decided) == {1: Reason.EXPIRING}
+    assert submits(decided) == []
 
 
 # --- what can't be seen ------------------------------------------------------------------------

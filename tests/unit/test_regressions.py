@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from dataclasses import replace
@@ -99,6 +100,25 @@ def test_R26_port_that_is_reserved_is_not_chosen_again(tmp_path: Path) -> None:
     environment = {"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path)}
     chosen = subprocess.check_output(["bash", "-c", script], env=environment, text=True)
     assert chosen.split() == ["20049", "20000"]
+
+
+@pytest.mark.parametrize("contained", ["false", "true"])
+def test_R15_names_in_an_environment_do_not_change_the_job_script(contained: str) -> None:
+    """A spec may call its variables as the script calls its own."""
+    given = ["prefix=zz", "command=x", "node_count=7", "engine=y", "HF_HOME=/a b"]
+    script = "\n".join(
+        [
+            f"contained={contained} node_count=1 node=10.0.0.1",
+            f"launch=(/usr/bin/env -0) arguments=() environment=({shlex.join(given)})",
+            function("set_environment"),
+            function("start_rank"),
+            'start_rank; wait "$engine"',
+        ]
+    )
+    environment = {"PATH": os.environ["PATH"]}
+    said = subprocess.check_output(["bash", "-c", script], env=environment, text=True)
+    before = "APPTAINERENV_" if contained == "true" else ""
+    assert {f"{before}{line}" for line in given} <= set(said.split("\0"))
 
 
 @pytest.mark.parametrize("words", ["Traceback", "CUDA error: out of memory", "FATAL ERROR failed"])

@@ -172,7 +172,8 @@ def test_recipe_of_a_model_that_left_the_spec_is_dropped() -> None:
 
 # --- a canary ---------------------------------------------------------------------------------
 
-CANARY = fleet(model_record(args={"seed": 1}, canary={"replicas": 1, "args": {"seed": 2}}))
+CANARY_MODELS = [model_record(args={"seed": 1}, canary={"replicas": 1, "args": {"seed": 2}})]
+CANARY = fleet(*CANARY_MODELS)
 
 
 def test_canary_is_a_second_wanted_revision() -> None:
@@ -206,6 +207,26 @@ def test_canary_that_fails_is_held_and_the_model_is_not() -> None:
     decided = decide(served()[:1], failing(), CANARY)
     assert submitted(decided) == [(GOOD, 1, Reason.MISSING)]
     assert [note.subject for note in notes(decided, NoteKind.HALTED)] == ["tiny"]
+
+
+def test_canary_that_is_sick_is_replaced_once() -> None:
+    """What is submitted in its place is the canary in the next cycle, while it still drains."""
+    sick = job(BAD, id=3, ordinal=2)
+    new = job(BAD, id=4, ordinal=3, state="PENDING")
+    jobs = [*served(), sick, new]
+    seen = observation(*jobs, healths={3: Health.SICK}, gateways=[view(CANARY, *served())])
+    decided = plan(CANARY, seen, Memory(misses={sick.key: 9}))
+    assert submitted(decided) == []
+    assert leaving(decided) == {3: Reason.UNHEALTHY}
+
+
+def test_canary_with_a_revoked_key_goes_first_where_none_may_be_added() -> None:
+    """Without a surge it could never be replaced, and the key never be got rid of."""
+    rollout = {"max_surge": 0, "max_unavailable": 1}
+    defaults = {"startup_timeout_s": 600, "drain_timeout_s": 60, "rollout": rollout}
+    wanted = fleet(*CANARY_MODELS, defaults=defaults)
+    revoked = job(BAD, id=3, ordinal=2, keys=("cccccccc",))
+    assert leaving(decide([*served(), revoked], Memory(), wanted)) == {3: Reason.STALE}
 
 
 def test_canary_that_was_promoted_counts_as_the_new_revision() -> None:

@@ -253,6 +253,10 @@ BROKEN: dict[str, tuple[str, str, str]] = {
         *("replicas: 2", "replicas: 2\n    args: {served_model_name: x}"),
         '15:12: "served_model_name" is set by fleet for each replica; remove it',
     ),
+    "R36-secret-as-an-argument": (
+        *("replicas: 2", "replicas: 2\n    args: {hf-token: hf_secret}"),
+        '15:12: every user of a node can read "hf-token"; use HF_TOKEN under env',
+    ),
     "argument-in-two-spellings": (
         *("replicas: 2", "replicas: 2\n    args: {max-model-len: 1, max_model_len: 2}"),
         '15:30: "max_model_len" is given twice, with - and with _; keep one',

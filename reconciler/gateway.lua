@@ -82,10 +82,11 @@ if FLEET.keys ~= null then
     end
 end
 local EXHAUSTED = set(FLEET.exhausted)
--- The models that a tenant may use; of one that may use all there is none.
-local ALLOWED = {}
+-- The models that a tenant may use. Who is not in it may use none; without keys nobody has a name.
+local ALL = {}
+local ALLOWED = {[""] = FLEET.keys == null and ALL or nil}
 for name, tenant in pairs(FLEET.tenants) do
-    ALLOWED[name] = tenant.models ~= null and set(tenant.models) or nil
+    ALLOWED[name] = tenant.models == null and ALL or set(tenant.models)
 end
 -- By which variable of NGINX a model's requests stay together.
 local AFFINITY = {}
@@ -167,7 +168,7 @@ end
 
 local function may_use(model)
     local allowed = ALLOWED[var.fleet_tenant]
-    return not allowed or allowed[model]
+    return allowed == ALL or allowed and allowed[model]
 end
 
 -- The bytes of the request's body.

@@ -27,8 +27,8 @@ local ngx, var, re_find = ngx, ngx.var, ngx.re.find
 -- must then be no huge body.
 collectgarbage("setpause", 1000)
 local HUGE = 1048576
--- NGINX takes memory for each body and gives it back: to have it from the kernel each time costs as much
--- as to pass the body on. So a worker keeps up to 32 MiB for the next ones, but of no huge body.
+-- NGINX takes memory for each body and gives it back: to have it from the kernel each time costs as
+-- much as to pass the body on. So a worker keeps up to 32 MiB for the next ones, none of a huge body.
 ffi.cdef("int mallopt(int param, int value);")
 local TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 C.mallopt(TRIM_THRESHOLD, 32 * HUGE)

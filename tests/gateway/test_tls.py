@@ -19,6 +19,7 @@ from tests.gateway.replica import ANSWER, DONE, replica, whole
 TLS = {"tls": {"certificate": f"{FOLDER}/tls.pem", "key": f"{FOLDER}/tls.key"}}
 RELOADS = 20 if os.environ.get("SOAK") else 3
 
+
 @pytest.fixture(scope="module")
 def trusted(front: Front) -> ssl.SSLContext:
     """The gateway with a certificate of its own, and a client that trusts it alone."""
@@ -83,7 +84,7 @@ def ask_many(front: Front) -> list[tuple[str, bytes]]:
     for kind, body in ASKED.items():
         argv += ["--silent", "--http2", "--cacert", f"{FOLDER}/tls.pem", "--json", json.dumps(body)]
         argv += ["--header", f"Authorization: Bearer {KEYS['alice']}"]
-        argv += ["--write-out", f"%{{http_version}} %{{response_code}}\\n"]
+        argv += ["--write-out", "%{http_version} %{response_code}\\n"]
         argv += ["--output", f"{FOLDER}/answers/{kind}-#1"]
         argv += [f"https://localhost:{front.port}/v1/completions?[1-{EACH}]", "--next"]
     lines = front.nginx.inside(argv[:-1]).stdout.decode().splitlines()

@@ -26,7 +26,7 @@ test: packages ## run all tests: unit, contract on real Slurm, end to end, real 
 	$(PYTEST) -k $(ALONE)
 
 soak: packages ## run what takes long: many kills, reloads, requests, seeds
-	SOAK=1 $(PYTEST) $(PARALLEL) -k 'not $(ALONE)' tests/e2e tests/mutations
+	SOAK=1 $(PYTEST) $(PARALLEL) -k 'not $(ALONE)' tests/e2e tests/gateway/test_tls.py tests/mutations
 	.venv/bin/python -m tests.simulation --soak 5000
 
 bench: packages ## print how fast plan(), the command line, a cycle of 1,000 jobs and the gateway are, as ratios

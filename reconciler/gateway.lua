@@ -15,9 +15,11 @@
 --   exhausted  the tenants that have used up their tokens of this day (UTC)
 local folder = ...
 local ffi = require("ffi")
+local base = require("resty.core.base")
+local C = ffi.C
 local cjson = require("cjson.safe").new()
 cjson.decode_invalid_numbers(false)
-local null, find, match, sub = cjson.null, string.find, string.match, string.sub
+local null, find, gsub, match, sub = cjson.null, string.find, string.gsub, string.match, string.sub
 local ngx, var, re_find = ngx, ngx.var, ngx.re.find
 
 -- A body is garbage as soon as it was looked at. At the usual pace (200) a long one cost a worker more
@@ -25,6 +27,12 @@ local ngx, var, re_find = ngx, ngx.var, ngx.re.find
 -- must then be no huge body.
 collectgarbage("setpause", 1000)
 local HUGE = 1048576
+-- NGINX takes memory for each body and gives it back: to have it from the kernel each time costs as
+-- much as to pass the body on. So a worker keeps up to 32 MiB for the next ones, none of a huge body.
+ffi.cdef("int mallopt(int param, int value);")
+local TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+C.mallopt(TRIM_THRESHOLD, 32 * HUGE)
+C.mallopt(MMAP_THRESHOLD, HUGE)
 
 local file = assert(io.open(folder .. "/fleet.json"))
 local FLEET = assert(cjson.decode(file:read("*a")))
@@ -70,7 +78,7 @@ local digest = ffi.new("unsigned char[32]")
 
 -- Of NGINX's own libcrypto: 32 bytes.
 local function sha256(text)
-    ffi.C.SHA256(text, #text, digest)
+    C.SHA256(text, #text, digest)
     return ffi.string(digest, 32)
 end
 
@@ -82,10 +90,11 @@ if FLEET.keys ~= null then
     end
 end
 local EXHAUSTED = set(FLEET.exhausted)
--- The models that a tenant may use; of one that may use all there is none.
-local ALLOWED = {}
+-- The models that a tenant may use. Who is not in it may use none; without keys nobody has a name.
+local ALL = {}
+local ALLOWED = {[""] = FLEET.keys == null and ALL or nil}
 for name, tenant in pairs(FLEET.tenants) do
-    ALLOWED[name] = tenant.models ~= null and set(tenant.models) or nil
+    ALLOWED[name] = tenant.models == null and ALL or set(tenant.models)
 end
 -- By which variable of NGINX a model's requests stay together.
 local AFFINITY = {}
@@ -167,12 +176,11 @@ end
 
 local function may_use(model)
     local allowed = ALLOWED[var.fleet_tenant]
-    return not allowed or allowed[model]
+    return allowed == ALL or allowed and allowed[model]
 end
 
--- The bytes of the request's body.
+-- The bytes of the request's body, once it was read.
 local function received()
-    ngx.req.read_body()
     if (tonumber(var.http_content_length) or 0) > HUGE then
         collectgarbage()
     end
@@ -200,22 +208,61 @@ local function read(text)
     return body
 end
 
+-- A long body is looked at where NGINX holds it: to copy 256 KiB into Lua costs more than all else
+-- that is done with it. These are the functions by which ngx.var and ngx.re work.
+local ONCE_TO_MACHINE_CODE = 0x05
+local why = ffi.new("char *[1]")
+local place, size = ffi.new("char *[1]"), ffi.new("size_t[1]")
+local HELD, lowered = "request_body", ffi.new("char[12]")
+
+local function held()
+    local asked = base.get_request()
+    if C.ngx_http_lua_ffi_var_get(asked, HELD, #HELD, lowered, 0, place, size, why) == 0 then
+        return place[0], tonumber(size[0])
+    end
+end
+
+local function compiled(pattern)
+    local said = ffi.new("unsigned char[256]")
+    local made = C.ngx_http_lua_ffi_compile_regex(
+        pattern, #pattern, ONCE_TO_MACHINE_CODE, 0, said, 256)
+    assert(made ~= nil, pattern)
+    return ffi.gc(made, C.ngx_http_lua_ffi_destroy_regex)
+end
+
+-- How many captures a pattern's first match from there on has, itself one of them; nil: no match.
+local function seek(pattern, text, length, from)
+    local count = C.ngx_http_lua_ffi_exec_regex(
+        pattern, ONCE_TO_MACHINE_CODE, text, length, from)
+    assert(count > 0 or count == -1, "PCRE has failed")
+    return count > 0 and count or nil
+end
+
+local MODEL = compiled([["model"(?:\s*:\s*"([^"\\]+)")?+]])
 -- Escapes that could spell a key, and what could ask for a stream.
-local ESCAPE = [=[\\u00[67]]=]
-local STREAM = [["stream"(?!\s*:\s*false)]]
+local ESCAPE = compiled([=[\\u00[67]]=])
+local STREAM = compiled([["stream"(?!\s*:\s*false)]])
 
 -- A long body's model, if it asks for no stream; nil if it can be read in two ways. Whatever else
--- stands in it its engine will see, which refuses what is no JSON. (These patterns find what
--- they look for in a text full of quotes ten times as fast as string.find.)
-local function glance(text)
-    local _, to = re_find(text, '"model"', "jo")
-    local model = to and match(text, '^%s*:%s*"([^"\\]+)"', to + 1)
-    if not model or re_find(text, '"model"', "jo", {pos = to + 1})
-        or not find(text, "^{[^%z]") -- as UTF-16 does not begin
-        or re_find(text, ESCAPE, "jo") or re_find(text, STREAM, "jo") then
+-- stands in it its engine will see, which refuses what is no JSON.
+local function glance()
+    local length = tonumber(var.http_content_length)
+    if not length or length <= LONG then
         return nil
     end
-    return {model = model}
+    local text, known = held()
+    if known ~= length or text[0] ~= 123 or text[1] == 0 then -- as UTF-16 begins
+        return nil
+    end
+    if seek(MODEL, text, length, 0) ~= 2 then
+        return nil
+    end
+    local to, from, last = MODEL.captures[1], MODEL.captures[2], MODEL.captures[3]
+    if seek(MODEL, text, length, to) or seek(ESCAPE, text, length, 0)
+        or seek(STREAM, text, length, 0) then
+        return nil
+    end
+    return {model = ffi.string(text + from, last - from)}
 end
 
 -- Patterns of one member of an object, which needs no table of all that is in it. Of JSON they match
@@ -257,11 +304,18 @@ local function skim(text)
     return body
 end
 
-local function opened(text)
-    if #text <= LONG then
-        return read(text)
+-- The request's body, and its text unless a glance told enough.
+local function opened()
+    ngx.req.read_body()
+    local body = glance()
+    if body then
+        return body
     end
-    return glance(text) or skim(text)
+    local text = received()
+    if #text > LONG then
+        return skim(text), text
+    end
+    return read(text), text
 end
 
 local function is_true(value)
@@ -347,9 +401,9 @@ local function upstream(model)
     return (open and "open." or "model.") .. model .. suffix, open
 end
 
--- Passes a request on to the replicas of a model; every way to one goes through here. `text` is
--- the request's body if it was read, and `body` what that says.
-local function send(model, path, text, body)
+-- Passes a request on to the replicas of a model; every way to one goes through here. `body` is
+-- what the request's body says, and `text` that itself, each if it is known.
+local function send(model, path, body, text)
     if not may_use(model) then
         return refuse(403, "model_not_found", "This key may not use that model.", "model")
     end
@@ -365,6 +419,7 @@ local function send(model, path, text, body)
     local state = FLEET.states[model]
     if state ~= "ready" then
         if FLEET.external[model] and EXTERNAL_PATHS[path] then
+            ngx.req.read_body()
             text = text or received()
             if find(text, "^%s*{") then
                 return send_away(model, path, text, asks)
@@ -393,6 +448,18 @@ local function send(model, path, text, body)
     end
 end
 
+-- A full queue (503) takes a replica out for seconds as a dead node does, and NGINX asks nobody
+-- where all are out: it leaves the upstream's name where a replica's address would be. So that one who
+-- fills all queues shuts out nobody else, all of them are asked then. Not if one has failed
+-- otherwise, though: it may have died of this very request.
+function gateway.ask_any()
+    if not find(var.upstream_addr or "", "%a[%w.-]*$")
+        or not find(var.upstream_status, "^[503, ]*502$") then
+        return ngx.exit(502)
+    end
+    var.fleet_url = gsub(var.fleet_url, "^(%l+://%l+%.[^./]+)[^/]*", "%1.any")
+end
+
 -- /m/MODEL/v1/...: for bodies that are not JSON, and for what has none.
 local function route_by_path(model, path)
     local right = find(path, RESPONSE_PATH) and "GET" or "POST"
@@ -408,8 +475,7 @@ local function route_by_path(model, path)
         return send(model, path)
     end
     -- Read all the same, or its tokens would not be asked for.
-    local text = received()
-    return send(model, path, text, opened(text))
+    return send(model, path, opened())
 end
 
 function gateway.route()
@@ -426,8 +492,7 @@ function gateway.route()
         return refuse_path()
     end
     demand_method("POST")
-    local text = received()
-    local body = opened(text)
+    local body, text = opened()
     local name = type(body) == "table" and body.model
     if type(name) ~= "string" or name == "" then
         local message = "The request body must name a model."
@@ -437,7 +502,7 @@ function gateway.route()
     if not model then
         return refuse_model("model")
     end
-    return send(model, path, text, body)
+    return send(model, path, body, text)
 end
 
 local function say(text)

@@ -26,12 +26,20 @@ STATUS_ADDRESS = "127.0.0.1:8091"
 # allowed then. 30 s in all is what a client is promised.
 _RETRY_WINDOW_S = 25
 
+# A request may be what an engine dies of: it must not go through all of them.
+_MOST_TRIES = 3
+
 _BALANCE = "least_conn"
 # Each gateway counts its own connections only: were all to choose their least busy replica, all
 # would choose the same one.
 _BALANCE_OF_SEVERAL = "random two least_conn"
 # A replica that comes or goes moves only those words that were, or become, its own.
 _STICKY = "hash $fleet_affinity consistent"
+
+# One failure takes a replica out for 5 s: a dead node costs 2 s to each request that tries it.
+_COUNTED = "max_fails=1 fail_timeout=5s"
+# For when all are out (`ask_any` of gateway.lua).
+_UNCOUNTED = "max_fails=0"
 
 # Some thousand tenants: NGINX forgets the one that has not called for the longest.
 _ZONE = "256k"
@@ -276,7 +284,7 @@ def _fleet_conf(
         "BODY_MAX": gateway.body_max,
         "UPLOAD_MAX": gateway.upload_max,
         "RETRY_WINDOW": str(_RETRY_WINDOW_S),
-        "TRIES": str(max(2, min(most, 5))),
+        "TRIES": str(max(2, min(most, _MOST_TRIES))),
         "KEY_FILE": f"include {KEY_FILE};\n" if trust or external else "",
         "AUTHORIZATION": "$fleet_authorization" if trust or external else '""',
         "EXTERNAL": _external(gateway.external) if gateway.external and external else "",
@@ -343,6 +351,8 @@ def _upstreams(
         if tried:
             # Only this way of choosing knows a backup: who steps in while a canary is away.
             yield _upstream(f"{kind}.{name}.canary", tried, _BALANCE, backup=some)
+        if len(some + tried) > 1:
+            yield _upstream(f"{kind}.{name}.any", some + tried, balance, failures=_UNCOUNTED)
 
 
 def _sides(model: Model | None, members: list[Target]) -> tuple[list[Target], list[Target]]:
@@ -357,18 +367,26 @@ def _sides(model: Model | None, members: list[Target]) -> tuple[list[Target], li
 
 
 def _upstream(
-    name: str, members: Sequence[Target], balance: str, backup: Sequence[Target] = ()
+    name: str,
+    members: Sequence[Target],
+    balance: str,
+    *,
+    backup: Sequence[Target] = (),
+    failures: str = _COUNTED,
 ) -> str:
-    servers = "".join([*map(_server, members), *(_server(target, " backup") for target in backup)])
+    servers = "".join(
+        [
+            *(_server(target, failures) for target in members),
+            *(_server(target, f"{failures} backup") for target in backup),
+        ]
+    )
     head = f"upstream {name} {{\n    zone {name} 128k;\n    {balance};\n"
     return f"{head}{servers}    keepalive 64;\n}}\n"
 
 
-def _server(target: Target, role: str = "") -> str:
-    # One failure takes a replica out for 5 s: a dead node costs 2 s to each request that tries it.
+def _server(target: Target, options: str) -> str:
     weight = f" weight={target.weight}" if target.weight != 1 else ""
-    options = f"{weight} max_fails=1 fail_timeout=5s{role}"
-    return f"    server {target.address}{options};  # job {target.job_id}\n"
+    return f"    server {target.address}{weight} {options};  # job {target.job_id}\n"
 
 
 def _open_share(members: list[Target]) -> float:

@@ -33,6 +33,8 @@ _NO_REPLICA = frozenset({502, 503, 504})
 _FAILED = frozenset({"abort", "cut", "error"})
 _TRIAL = re.compile(rf"(canary|rest)\.({REVISION})")
 _LONGEST_WORD = 100  # of the spec's names and our codes
+# Of a prompt in words; who sends an image as text pays too much if they leave.
+_BYTES_OF_A_TOKEN = 4
 _MOST = 10**12  # of anything in one request: a bad line must not overflow a sum
 
 
@@ -275,6 +277,9 @@ def _counted(record: Mapping[str, Any]) -> Tally:
     model, finish, error = (_word(record, name) for name in ("model", "finish", "error"))
     refused = bool(model) and (error == _NOT_READY or status in _NO_REPLICA)
     told = record["prompt_tokens"] is not None
+    # The engine was at work on it, and leaving must not make that free.
+    left = finish == "left" and _word(record, "replica") != "" and not told
+    guessed = _count(record["in"]) // _BYTES_OF_A_TOKEN if left else 0
     first_byte = record["first_byte"]
     answered = status == 200 and first_byte is not None
     return Tally(
@@ -283,7 +288,7 @@ def _counted(record: Mapping[str, Any]) -> Tally:
         errors=int((status >= 400 and status != 499) or finish in _FAILED),
         refused=int(refused),
         unfinished=int(answered and not told),
-        prompt_tokens=_count(record["prompt_tokens"]) if told else 0,
+        prompt_tokens=_count(record["prompt_tokens"]) if told else guessed,
         completion_tokens=_count(record["completion_tokens"] if told else record["pieces"]),
         first_bytes={_bucket(first_byte): 1} if answered else {},
     )

@@ -28,6 +28,8 @@ class Recorder:
     got: list[Got] = field(default_factory=list)
     # While it is not set, no request is answered.
     gate: threading.Event = field(default_factory=threading.Event)
+    # While it is set, every request is answered as by an engine whose queue is full.
+    full: bool = False
 
     def targets(self) -> list[Target]:
         """As the planner names them: one replica for each model."""
@@ -52,9 +54,10 @@ class Recorder:
                 if not self.gate.is_set():
                     await asyncio.to_thread(self.gate.wait)
                 text = json.dumps({"object": "chat.completion", "choices": [], "model": name})
+                status = b"503 Service Unavailable" if self.full else b"200 OK"
                 writer.write(
                     # A replica that would lead NGINX elsewhere: it goes nowhere.
-                    b"HTTP/1.1 200 OK\r\nX-Accel-Redirect: /v1/models\r\n"
+                    b"HTTP/1.1 " + status + b"\r\nX-Accel-Redirect: /v1/models\r\n"
                     b"Content-Type: application/json\r\n"
                     b"Content-Length: %d\r\n\r\n%b" % (len(text), text.encode())
                 )

@@ -267,6 +267,21 @@ def test_R29_code_that_does_not_load_changes_nothing(
         assert front.passed("POST", CHAT, TINY).replica == "tiny"
 
 
+@pytest.mark.parametrize("release", RELEASES)
+def test_caller_whom_nobody_has_let_in_may_use_nothing(
+    release: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A location that forgets to ask who calls opens no model, and lists none."""
+    conf = routes._GATEWAY_CONF
+    monkeypatch.setattr(routes, "_GATEWAY_CONF", conf.replace("gateway.admit()", ""))
+    with recording(["tiny", "big"]) as replicas, running(release, tmp_path) as nginx:
+        front = Front(nginx, replicas)
+        front.change()
+        assert front.refused("POST", CHAT, TINY) == (403, "model_not_found")
+        assert front.ask("GET", "/v1/models").body["data"] == []
+        assert front.refused("GET", "/v1/models/tiny") == (404, "model_not_found")
+
+
 def test_configuration_raises_no_warning(front: Front) -> None:
     """With TLS or without, NGINX has nothing to say about it."""
     assert "[warn]" not in front.nginx.check()

@@ -141,6 +141,32 @@ def test_tenant_stays_with_its_replica(crowd: Crowd) -> None:
     assert len({crowd.who(X_Session_Id=session) for session in SESSIONS[:10]}) == 1
 
 
+@pytest.mark.parametrize("affinity", [None, "tenant"])
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_full_queues_take_no_replica_out(crowd: Crowd, hosts: int, affinity: str | None) -> None:
+    """Both of two are asked each time, the caller gets their 503, and whoever is next is let in."""
+    options = {} if affinity is None else {"affinity": affinity}
+    crowd.route(*crowd.targets()[:2], hosts=hosts, **options)
+    del crowd.replicas.got[:]
+    crowd.replicas.full = True
+    crowd.asked += [{}] * 5
+    statuses = [crowd.ask("POST", CHAT, {"model": "tiny"}).status for _ in range(5)]
+    crowd.replicas.full = False
+    assert statuses == [503] * 5
+    asked = Counter(got.replica for got in crowd.replicas.got)
+    assert min(asked["a"], asked["b"]) >= 5
+    assert asked.total() <= 3 * 5
+    assert crowd.who() in "ab"
+
+
+def test_replicas_that_are_all_gone_are_a_502(crowd: Crowd) -> None:
+    """Whoever asks first, and those after it, whom nobody was left to be asked for."""
+    crowd.route(*crowd.targets(a={"address": nobody()}, b={"address": nobody()})[:2])
+    crowd.asked += [{}] * 3
+    answers = [crowd.ask("POST", CHAT, {"model": "tiny"}) for _ in range(3)]
+    assert {(answer.status, answer.code) for answer in answers} == {(502, "bad_gateway")}
+
+
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_replica_that_weighs_more_gets_more(crowd: Crowd, hosts: int) -> None:
     """Of those that run at once three times as much, whichever way of choosing there is."""

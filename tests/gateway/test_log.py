@@ -180,6 +180,8 @@ def test_R39_client_that_leaves_ends_its_request_at_the_replica_too(gateway: Gat
     gateway.leave("left")
     record = gateway.logged("left", timeout_s=15)
     assert (record["finish"], record["replica"]) == ("left", "77")
+    [counted] = tally(json.dumps(record).encode()).days.values()
+    assert counted.prompt_tokens == record["in"] // 4 > 0
 
 
 def test_own_answers_say_why_there_was_no_replica(gateway: Gateway) -> None:

@@ -1,13 +1,23 @@
 """TLS and HTTP/2 to the clients, where the spec names a certificate."""
 
 import http.client
+import json
+import os
 import ssl
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 
+from reconciler.state import Target
 from tests.gateway.front import CHAT, KEYS, Front
 from tests.gateway.nginx import FOLDER
+from tests.gateway.replica import ANSWER, DONE, replica, whole
+
+TLS = {"tls": {"certificate": f"{FOLDER}/tls.pem", "key": f"{FOLDER}/tls.key"}}
+RELOADS = 20 if os.environ.get("SOAK") else 3
 
 
 @pytest.fixture(scope="module")
@@ -17,8 +27,7 @@ def trusted(front: Front) -> ssl.SSLContext:
     files = ["-keyout", f"{FOLDER}/tls.key", "-out", f"{FOLDER}/tls.pem"]
     kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
     front.nginx.inside(["openssl", "req", "-x509", *kind, *names, *files])
-    tls = {"certificate": f"{FOLDER}/tls.pem", "key": f"{FOLDER}/tls.key"}
-    front.change(gateway={"tls": tls})
+    front.change(gateway=TLS)
     return ssl.create_default_context(cadata=front.nginx.read("tls.pem"))
 
 
@@ -56,6 +65,61 @@ def test_body_of_http_2_needs_no_length(front: Front) -> None:
     front.nginx.inside([*argv, f"https://localhost:{front.port}{CHAT}"], stdin=body)
     [got] = front.replicas.got[before:]
     assert (got.replica, got.body) == ("big", body)
+
+
+# What curl is told beside the request: a stream in many pieces, an answer of many buffers.
+ASKED = {
+    "stream": {"model": "tiny", "prompt": "x", "stream": True, "size": 7},
+    "whole": {"model": "tiny", "prompt": "x", "times": 2_000},
+}
+TOLD = {"stream": ANSWER + DONE, "whole": whole(ASKED["whole"])}
+EACH = 150
+
+
+def ask_many(front: Front) -> list[tuple[str, bytes]]:
+    """Send streams and others at once, over one connection as far as curl can; how each ended."""
+    folder = front.nginx.folder / "answers"
+    folder.mkdir(exist_ok=True)
+    argv = ["curl", "--parallel", "--parallel-max", "16"]
+    for kind, body in ASKED.items():
+        argv += ["--silent", "--http2", "--cacert", f"{FOLDER}/tls.pem", "--json", json.dumps(body)]
+        argv += ["--header", f"Authorization: Bearer {KEYS['alice']}"]
+        argv += ["--write-out", "%{http_version} %{response_code}\\n"]
+        argv += ["--output", f"{FOLDER}/answers/{kind}-#1"]
+        argv += [f"https://localhost:{front.port}/v1/completions?[1-{EACH}]", "--next"]
+    lines = front.nginx.inside(argv[:-1]).stdout.decode().splitlines()
+    assert Counter(lines) == {"2 200": len(ASKED) * EACH}
+    answers = [(file.name.split("-")[0], file.read_bytes()) for file in folder.iterdir()]
+    for file in folder.iterdir():
+        file.unlink()
+    return answers
+
+
+@pytest.mark.usefixtures("trusted")
+def test_http_2_loses_nothing_over_reloads(front: Front) -> None:
+    """Many requests at once on one connection, of a client that never tries twice by itself."""
+    enough = Event()
+
+    def load() -> list[tuple[str, bytes]]:
+        ended = ask_many(front)
+        while not enough.is_set():
+            ended += ask_many(front)
+        return ended
+
+    with replica() as port, ThreadPoolExecutor(max_workers=1) as pool:
+        target = Target(model="tiny", job_id=1, submitted_at=1, address=f"127.0.0.1:{port}")
+        front.nginx.change(front.fleet(gateway=TLS), [target])
+        asked = pool.submit(load)
+        try:
+            for at in range(RELOADS):
+                exhausted = ["carol"] if at % 2 == 0 else []
+                front.nginx.change(front.fleet(gateway=TLS), [target], exhausted)
+        finally:
+            enough.set()
+        ended = asked.result()
+    front.change(gateway=TLS)
+    assert len(ended) >= len(ASKED) * EACH
+    assert [(kind, text) for kind, text in ended if text != TOLD[kind]] == []
 
 
 @pytest.mark.usefixtures("trusted")

@@ -144,6 +144,7 @@ def test_model_without_a_replica_has_no_upstream() -> None:
     files = rendered(three(), targets()).files
     assert re.findall(r"^upstream (\S+)", files["fleet.conf"], re.MULTILINE) == [
         "model.tiny",
+        "model.tiny.any",
         "model.big",
     ]
     states = known(files["fleet.json"])["states"]
@@ -186,7 +187,7 @@ def test_R37_targets_file_that_was_changed_is_refused(text: str) -> None:
 def test_tries_of_a_request_are_bounded() -> None:
     """A request tries more than one replica and never all of a hundred."""
     many = [replace(targets()[0], job_id=n, address=f"10.0.1.{n}:1") for n in range(1, 100)]
-    for made, tries in ((targets()[:1], 2), (targets(), 2), (many[:3], 3), (many, 5)):
+    for made, tries in ((targets()[:1], 2), (targets(), 2), (many[:3], 3), (many, 3)):
         text = rendered(fleet(), made).files["fleet.conf"]
         assert f"proxy_next_upstream_tries {tries};" in text
 
@@ -267,14 +268,20 @@ def test_canary_with_a_share_is_an_upstream_of_its_own() -> None:
     split = rendered(fleet(model_record(canary=TRIED)), made).files
     ends = "max_fails=1 fail_timeout=5s"
     rest = [f"10.0.0.9:20001 {ends}", f"10.0.0.1:20000 {ends}"]
+    places = ("10.0.0.9:20001", "10.0.0.1:20000", "10.0.0.2:1")
+    everyone = [f"{address} max_fails=0" for address in places]
     assert upstreams(split["fleet.conf"]) == {
+        "model.tiny.any": everyone,
         "model.tiny": rest,
         "model.tiny.canary": [f"10.0.0.2:1 {ends}", *(f"{one} backup" for one in rest)],
     }
     canary = {"share": 10, "revision": REVISION, "open": 0.0}
     assert known(split["fleet.json"])["canaries"] == {"tiny": canary}
     whole = rendered(fleet(), made).files
-    assert upstreams(whole["fleet.conf"]) == {"model.tiny": [*rest, f"10.0.0.2:1 {ends}"]}
+    assert upstreams(whole["fleet.conf"]) == {
+        "model.tiny.any": everyone,
+        "model.tiny": [*rest, f"10.0.0.2:1 {ends}"],
+    }
     alone = rendered(fleet(model_record(canary=TRIED)), made[2:]).files
     assert upstreams(alone["fleet.conf"]) == {"model.tiny": [f"10.0.0.2:1 {ends}"]}
 
@@ -287,7 +294,8 @@ def test_backup_and_stickiness_stand_where_nginx_takes_them(hosts: int) -> None:
     text = rendered(wanted, tried(canary=REVISION)).files["fleet.conf"]
     for upstream in re.findall(r"^upstream .*?^\}", text, re.MULTILINE | re.DOTALL):
         assert not (" backup;" in upstream and re.search("random|hash", upstream))
-    assert upstreams(text).keys() == {"model.tiny", "model.tiny.sticky", "model.tiny.canary"}
+    kinds = ("", ".sticky", ".canary", ".any")
+    assert upstreams(text).keys() == {f"model.tiny{kind}" for kind in kinds}
 
 
 def test_sides_of_a_fleet_that_changes_over_are_apart_too() -> None:
@@ -296,7 +304,7 @@ def test_sides_of_a_fleet_that_changes_over_are_apart_too() -> None:
     made = [replace(first, keys=()), second, replace(canary, keys=())]
     files = rendered(fleet(model_record(canary=TRIED)), made).files
     servers = upstreams(files["fleet.conf"])
-    assert servers.keys() == {"model.tiny", "open.tiny", "open.tiny.canary"}
+    assert servers.keys() == {"model.tiny", "open.tiny", "open.tiny.canary", "open.tiny.any"}
     assert ["backup" in one for one in servers["open.tiny.canary"]] == [False, True]
     found = known(files["fleet.json"])
     assert (found["open"]["tiny"], found["canaries"]["tiny"]["open"]) == (0.5, 1.0)

@@ -96,9 +96,25 @@ def test_what_counts_as_error_and_as_demand_without_a_replica(
 
 
 def test_request_whose_end_nobody_saw_counts_by_its_pieces() -> None:
-    """To leave before the end does not make what was generated free."""
-    sums = one(finish="left", prompt_tokens=None, completion_tokens=None)
-    assert sums.tokens == 22
+    """Nobody told its prompt, and that its replica died is not its caller's fault."""
+    sums = one(finish="cut", prompt_tokens=None, completion_tokens=None)
+    assert (sums.prompt_tokens, sums.completion_tokens) == (0, 22)
+
+
+@pytest.mark.parametrize(
+    ("keys", "tokens"),
+    [
+        ({"in": 4000}, 1022),
+        ({"in": 4000, "first_byte": None, "pieces": 0, "status": "499"}, 1000),
+        ({"in": 4000, "replica": "", "pieces": 0, "status": "499"}, 0),
+        ({"in": 4000, "prompt_tokens": 10, "completion_tokens": 20}, 30),
+    ],
+    ids=["amid a stream", "before it began", "before a replica was asked", "after the end"],
+)
+def test_client_that_leaves_pays_for_its_prompt(keys: dict[str, Any], tokens: int) -> None:
+    """A token for each four bytes, once a replica had it; what the engine told goes before."""
+    unknown = {"prompt_tokens": None, "completion_tokens": None}
+    assert one(**{"finish": "left", **unknown, **keys}).tokens == tokens
 
 
 @pytest.mark.parametrize(

@@ -126,14 +126,19 @@ class _Case:
 
     @property
     def max_unavailable(self) -> int:
-        """How many may be missing for a while: none for the sake of what may not be submitted.
+        """How many may be missing for a while; the model itself has spent that for its canary.
 
-        Of a canary none either, where one more may be submitted first.
+        None for the sake of what may not be submitted.
         """
-        rollout = self.seen.fleet.defaults.rollout
-        if (self.canary and rollout.max_surge) or self.held is not None:
+        if self.canary or self.held is not None:
             return 0
-        return rollout.max_unavailable
+        return self.seen.fleet.defaults.rollout.max_unavailable
+
+    @property
+    def max_surge(self) -> int:
+        """How many more than are wanted; of a canary one at least, as none of it may be missing."""
+        surge = self.seen.fleet.defaults.rollout.max_surge
+        return max(1, surge) if self.canary else surge
 
     def is_current(self, job: Job) -> bool:
         return job.name.revision == self.revision and self.seen.keys_differ(job) is None
@@ -349,7 +354,7 @@ def _missing(case: _Case, staying: Sequence[Job]) -> tuple[tuple[Submit, ...], t
     if need <= 0:
         return returning, notes
     old = len(others) + len(returning)
-    room = model.replicas + seen.fleet.defaults.rollout.max_surge - len(current) - old
+    room = model.replicas + case.max_surge - len(current) - old
     count = min(need, max(0, room)) if old else need
     if case.held is not None:
         return returning, (*notes, case.held)
@@ -373,7 +378,7 @@ def _missing_fallback(
     old = [job for job in lasting if not case.is_current(job) and not case.seen.keys_differ(job)]
     ready = case.ready(job for job in lasting if case.is_current(job))
     # What is tried meanwhile serves nobody yet, and takes its place all the same.
-    most = case.model.replicas + case.seen.fleet.defaults.rollout.max_surge
+    most = case.model.replicas + case.max_surge
     # Not what has just left so that the release may be tried: they would take turns for ever.
     least = case.model.replicas - case.max_unavailable
     count = min(least - ready - len(old), most - len(lasting))

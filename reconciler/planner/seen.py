@@ -96,7 +96,13 @@ class Seen:
 
     def _canarys(self, canary: Model, revision: str | None) -> Sequence[Job]:
         all_ = [job for job in self.jobs_of(canary.name) if job.name.revision == revision]
-        jobs = [job for job in all_ if serves(job, self) and self.fault(canary, job) is None]
+        jobs = [
+            job
+            for job in all_
+            if serves(job, self)
+            and self.fault(canary, job) is None
+            and not self.must_go(canary, job)
+        ]
         # Nor may what succeeds one whose keys differ be taken for a replica too many.
         differing = frozenset(job.key for job in jobs if self.keys_differ(job) is not None)
         expiring = self.due(canary, jobs) | differing

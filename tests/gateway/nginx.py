@@ -1,12 +1,13 @@
 """The generated files on a real NGINX of a Debian release, on this machine's loopback."""
 
+import itertools
 import os
 import re
 import socket
 import subprocess
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -28,10 +29,19 @@ FAULT = re.compile(
 )
 
 
+# Below what Linux gives to outgoing connections, and of each of the processes that test side by side
+# its own: a port that is free now must not be another's in the next moment.
+_FIRST = 20_000 + 2_000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 6)
+_PORTS = itertools.cycle(range(_FIRST, _FIRST + 2_000))
+
+
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """Return a port of this machine that nobody listens on, another one each time."""
+    for port in itertools.islice(_PORTS, 2_000):
+        with socket.socket() as sock, suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is left")
 
 
 class Nginx:

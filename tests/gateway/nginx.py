@@ -29,7 +29,7 @@ FAULT = re.compile(
 )
 
 
-# Below what Linux gives to outgoing connections, and of each of the processes that test side by side
+# Below what Linux gives to outgoing connections, and of each process that tests beside others
 # its own: a port that is free now must not be another's in the next moment.
 _FIRST = 20_000 + 2_000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 6)
 _PORTS = itertools.cycle(range(_FIRST, _FIRST + 2_000))

@@ -42,6 +42,8 @@ lint: packages ## check style, types, layers, shell scripts and playbooks
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 	shellcheck $$(git ls-files '*.sh') .ci/run
+	.venv/bin/yamllint --strict .
+	.venv/bin/ansible-playbook --syntax-check --inventory inventory/example $(wildcard playbooks/*.yml)
 	.venv/bin/ansible-lint --offline -q
 
 venv: $(VENV)/complete ## make the development environment

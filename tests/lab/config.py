@@ -69,18 +69,18 @@ def put(path: Path, text: str, *, mode: int = 0o644) -> None:
 
 
 def _ssh(state: Path, addresses: Mapping[str, str], gateways: tuple[str, ...]) -> None:
-    """Three keys: the hosts' own, the real machine's root to all, and fleet's to the gateways."""
+    """Three keys: the hosts' own, the real machine's root to all, and fleet's to `gateways`."""
     every = state / "files/all"
     host_key = _keygen(every / "etc/ssh/ssh_host_ed25519_key")
     root_key = _keygen(state / "ssh_key")
     known = f"{','.join([*addresses, *addresses.values()])} {host_key}\n"
-    put(every / "etc/ssh/ssh_known_hosts", known)
     put(state / "ssh_known_hosts", known)
-    put(every / "root/.ssh/authorized_keys", f"{root_key}\n")
     if gateways:
+        put(every / "etc/ssh/ssh_known_hosts", known)
         fleet_key = _keygen(state / "files/login/home/fleet/.ssh/id_ed25519")
     for gateway in gateways:
         put(state / "files" / gateway / "home/fleet/.ssh/authorized_keys", f"{fleet_key}\n")
+    put(every / "root/.ssh/authorized_keys", f"{root_key}\n")
     for folder in (every / "root/.ssh", every / "root"):
         folder.chmod(0o700)
     put(state / "ssh_config", _ssh_config(state, addresses))

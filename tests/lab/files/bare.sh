@@ -20,7 +20,7 @@ APT
 step "installing Slurm, sshd and what Ansible asks of a host"
 apt-get update -q
 apt-get install -q -y slurmctld slurmd slurm-client munge openssh-client openssh-server iproute2 \
-    iputils-ping procps psmisc tini systemd python3 python3-apt apt-utils
+    iputils-ping procps psmisc systemd sudo python3 python3-apt apt-utils
 
 step "filling the mirror"
 mkdir -p "$mirror/partial"

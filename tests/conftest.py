@@ -40,7 +40,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         # Of these each file has a gateway of its own.
         file = item.path.stem
-        shared = {"contract": "contract", "test_demo": "demo", "gateway": f"gateway-{file}"}
+        shared = {
+            "contract": "contract",
+            "test_demo": "demo",
+            "test_site": "site",
+            "gateway": f"gateway-{file}",
+        }
         group = shared.get(item.path.parent.name) or shared.get(item.path.stem)
         if group is not None:
             item.add_marker(pytest.mark.xdist_group(group))

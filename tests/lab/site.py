@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from tests.lab.base import CHECKOUT, Say, base, cache
 from tests.lab.lab import Lab
@@ -34,20 +34,29 @@ class Site:
         self.lab = Lab.start(name, bare=True, binds=binds, say=say)
         self._specify()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lab.stop()
+
     def play(
         self, playbook: str, *options: str, variables: Mapping[str, Any] | None = None
     ) -> "Play":
         """Run a playbook on the site, as its administrator would."""
         done = subprocess.run(
             self.argv(playbook, *options, variables=variables),
-            cwd=CHECKOUT,
-            env=_environment(),
-            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=900,
+            **self.surroundings,
         )
         return Play(done)
+
+    @property
+    def surroundings(self) -> dict[str, Any]:
+        """Where a playbook's command runs: for subprocess."""
+        return {"cwd": CHECKOUT, "env": _environment(), "stdin": subprocess.DEVNULL}
 
     def argv(
         self, playbook: str, *options: str, variables: Mapping[str, Any] | None = None
@@ -93,5 +102,3 @@ def _environment() -> dict[str, str]:
     """The administrator's, without what would colour or cut what is said."""
     mine = {key: value for key, value in os.environ.items() if not key.startswith("ANSIBLE_")}
     return {**mine, "ANSIBLE_NOCOLOR": "1", "ANSIBLE_CONFIG": str(CHECKOUT / "ansible.cfg")}
-
-

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from tests.e2e.checks import lost, mixed, under
 from tests.lab.site import Site
 from tests.lab.wait import wait_for
 
@@ -26,6 +27,7 @@ PARTS = [
     ("controller", "login"),
     ("smoke", "login"),
 ]
+GATEWAY = "modelfleet-gateway"
 # All that a provisioned site could differ in from a bare one.
 FOLDERS = ("/etc", "/home", "/opt", "/usr/bin", "/usr/local", "/usr/sbin", "/var/lib/modelfleet")
 
@@ -216,6 +218,37 @@ def test_a_spec_comes_from_git_when_it_is_signed_and_valid(site: Site) -> None:
     log = "runuser -u fleet -- fleet status"
     wait_for("one replica less", lambda: "1 of 4 GPUs held" in root(site, "login", log))
     assert completes(site)
+
+
+def test_an_upgrade_loses_no_request(site: Site) -> None:
+    """NGINX goes over to a newer module and program with its sockets open."""
+    module = "/usr/lib/nginx/modules/ngx_http_js_module.so"
+    pid = "cat /var/lib/modelfleet/gateway/nginx.pid"
+    before = root(site, "gateway", pid)
+    root(site, "gateway", f"touch {module}")
+    url = f"http://{site.lab.address('gateway')}:8080"
+
+    def upgrade() -> None:
+        site.play("upgrade.yml").worked()
+
+    assert lost(under(mixed(url, streams=3, tokens=50), upgrade)) == []
+    assert root(site, "gateway", pid) != before
+    assert root(site, "gateway", f"test ! -e /proc/{before} && systemctl is-active {GATEWAY}")
+    assert set(site.play("gateway.yml").worked().changed.values()) == {0}
+
+
+def test_a_removal_wants_the_name_drains_first_and_leaves_nothing_that_runs(site: Site) -> None:
+    """The account's jobs are gone, and what others made is as it was."""
+    play = site.play("remove.yml", variables={"remove_fleet": "another"})
+    assert play.status != 0
+    assert "The fleet here is demo, not another: nothing is removed" in play.said
+    variables = {"remove_fleet": "demo"}
+    site.play("remove.yml", variables=variables).worked()
+    assert root(site, "login", "squeue --noheader") == ""
+    for host in ("login", "gateway"):
+        assert root(site, host, "systemctl list-units --plain --no-legend 'modelfleet*'") == ""
+        assert root(site, host, "find /etc /usr/local /opt -name '*fleet*' ! -path '*/ssh/*'") == ""
+    assert set(site.play("remove.yml", variables=variables).worked().changed.values()) == {0}
 
 
 def used(site: Site) -> str:

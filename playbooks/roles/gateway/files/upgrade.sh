@@ -24,6 +24,12 @@ await 100 is_new || {
     echo "NGINX did not start anew; the old one serves on: see $folder/error.log" >&2
     exit 1
 }
+# As before a reload (gateway.sh): only connections on which nobody asks are left to be closed.
+closing=$folder/current/closing
+trap 'rm -f "$closing"' EXIT
+touch "$closing"
+sleep 0.5
 kill -QUIT "$old"
+rm -f "$closing"
 # One that still streams may take an hour, and is let.
 await 600 has_ended || echo "the old NGINX still finishes its requests"

@@ -30,11 +30,12 @@ soak: packages ## run what takes long: many kills, reloads, requests, seeds
 		tests/e2e/test_gateway_models.py
 	.venv/bin/python -m tests.simulation --soak 5000
 
-bench: packages ## print how fast plan(), the command line, a cycle of 1,000 jobs and the gateway are, as ratios
+bench: packages ## print how fast plan(), the command line, a cycle of 1,000 jobs, the gateway and a run of site.yml are, as ratios
 	.venv/bin/python -m bench.plan
 	.venv/bin/python -m bench.cli
 	.venv/bin/python -m bench.cycle
 	.venv/bin/python -m bench.gateway
+	.venv/bin/python -m bench.site
 
 lint: packages ## check style, types, layers, shell scripts and playbooks
 	.venv/bin/ruff check .
@@ -42,6 +43,8 @@ lint: packages ## check style, types, layers, shell scripts and playbooks
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 	shellcheck $$(git ls-files '*.sh') .ci/run
+	.venv/bin/yamllint --strict .
+	.venv/bin/ansible-playbook --syntax-check --inventory inventory/example $(wildcard playbooks/*.yml)
 	.venv/bin/ansible-lint --offline -q
 
 venv: $(VENV)/complete ## make the development environment

@@ -44,6 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             "contract": "contract",
             "engine": "engine",
             "test_demo": "demo",
+            "test_site": "site",
             "gateway": f"gateway-{file}",
         }
         group = shared.get(item.path.parent.name) or shared.get(item.path.stem)

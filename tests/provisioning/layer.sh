@@ -3,5 +3,5 @@
 set -eu
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -q
-apt-get install -q -y docker-registry busybox-static sudo
+apt-get install -q -y docker-registry busybox-static
 rm -rf /var/lib/apt/lists/*

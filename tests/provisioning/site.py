@@ -20,6 +20,7 @@ from tests.provisioning.layer import lower
 REGISTRY = "registry.test:5000"
 USERNAME, PASSWORD = "puller", "the-registry-password"
 MIRROR = "http://mirror.test:8000"
+HUB, TOKEN = "http://hub.test:9000", "hf_the-hub-token"
 SOURCE = "/opt/modelfleet/src"
 ANSIBLE = "/opt/modelfleet/venv/bin/ansible-playbook"
 # The bare host's own Python, not the one that has Ansible.
@@ -73,14 +74,25 @@ class Site:
     @contextmanager
     def cut(self, port: int, target: int, size: int, *hold: str) -> Iterator[None]:
         """Have a port that passes on to another so many bytes of each connection's answer."""
-        argv = ["python3", f"{SOURCE}/tests/provisioning/cut.py", str(port), str(target), str(size)]
-        with self.popen([*argv, *hold], stdout=subprocess.PIPE) as proxy:
-            assert proxy.stdout is not None
+        with self.listening("cut.py", str(port), str(target), str(size), *hold):
+            yield
+
+    @contextmanager
+    def hub(self, folder: str) -> Iterator[None]:
+        """Have a hub of the repositories in a folder of the host."""
+        with self.listening("hub.py", HUB.rpartition(":")[2], folder, TOKEN):
+            yield
+
+    @contextmanager
+    def listening(self, script: str, *words: str) -> Iterator[None]:
+        argv = ["python3", f"{SOURCE}/tests/provisioning/{script}", *words]
+        with self.popen(argv, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
             try:
-                assert proxy.stdout.readline() == "listening\n"
+                assert process.stdout.readline() == "listening\n"
                 yield
             finally:
-                proxy.kill()
+                process.kill()
 
     def push(self, name: str, files: Mapping[str, str]) -> str:
         """Push an image of these files; return its pin."""
@@ -90,11 +102,16 @@ class Site:
         return f"docker://{REGISTRY}/{name}@{digest}"
 
     def play(
-        self, playbook: str, variables: Mapping[str, Any], *options: str, check: bool = True
+        self,
+        playbook: str,
+        variables: Mapping[str, Any],
+        *options: str,
+        nodes: Sequence[str] = (),
+        check: bool = True,
     ) -> "subprocess.CompletedProcess[str]":
         """Run a playbook of ours on the host, as its administrator would."""
         with tempfile.TemporaryDirectory(dir=self.shared, prefix="play-") as folder:
-            (Path(folder) / "hosts").write_text(_INVENTORY)
+            (Path(folder) / "hosts").write_text("\n".join([_INVENTORY, "[nodes]", *nodes, ""]))
             (Path(folder) / "vault.json").write_text(json.dumps(variables))
             inside = f"/shared/{Path(folder).name}"
             argv = [ANSIBLE, "-i", f"{inside}/hosts", "-e", f"@{inside}/vault.json", *options]
@@ -107,12 +124,12 @@ def running() -> Iterator[Site]:
     with tempfile.TemporaryDirectory(dir=cache(), prefix=f"in-base-{os.getpid()}-") as folder:
         upper, shared = Path(folder, "root"), Path(folder, "shared")
         shared.mkdir()
-        shared.chmod(0o755)
+        shared.chmod(0o1777)
         argv = enter(
             lower(),
             ["unshare", "--net", "sh", "-eu", f"{SOURCE}/tests/provisioning/boot.sh"],
             upper=upper,
-            binds={CHECKOUT: SOURCE, shared: "/shared"},
+            binds={CHECKOUT: SOURCE, shared: "/shared", cache() / "wheels": "/srv/wheels"},
             env={"PYTHONDONTWRITEBYTECODE": "1"},
         )
         process = subprocess.Popen(argv, stdout=subprocess.DEVNULL)

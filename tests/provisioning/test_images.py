@@ -106,6 +106,7 @@ def pushed(site: Site, hello: str, **files: str) -> dict[str, str]:
 
 def by_playbook(folder: Path, image: dict[str, str]) -> dict[str, Any]:
     return {
+        "fleet_user": "fleet",
         "images_dir": inside(folder),
         "images_list": [{"name": "engine", **image}],
         "images_registry_username": USERNAME,
@@ -313,11 +314,13 @@ def test_fleet_that_can_not_say_what_it_needs_keeps_everything(site: Site, folde
         site.play("images.yml", variables)
     fleets = {"images_fleets": [{"spec": "/nowhere", "user": "fleet"}], "images_keep": 0}
     before = seen(folder)
-    for command in ("fleet", "/nowhere/fleet"):
-        asked = {**variables, **fleets, "images_fleet_command": command}
-        done = site.play("images.yml", asked)
-        assert "Nothing is removed" in done.stdout
-        assert seen(folder) == before
+    done = site.play("images.yml", {**variables, **fleets})
+    assert "Nothing is removed: /nowhere" in done.stdout
+    site.run(["mv", "/usr/local/bin/fleet", "/root/fleet"])
+    done = site.play("images.yml", {**variables, **fleets})
+    site.run(["mv", "/root/fleet", "/usr/local/bin/fleet"])
+    assert "Nothing is removed: " in done.stdout
+    assert seen(folder) == before
 
 
 def test_definition_is_built_by_a_user_without_root(site: Site, folder: Path) -> None:

@@ -59,6 +59,7 @@ def main() -> int:
         print("usage: images.py provide|clean [--check] < REQUEST", file=sys.stderr)
         return 2
     request = json.load(sys.stdin)
+    os.umask(0o022)
     try:
         answer = verbs[words[0]](request, "--check" in sys.argv)
     except (Failed, OSError) as error:
@@ -89,6 +90,7 @@ def provide(request: dict[str, Any], check: bool) -> Any:
     if current is not None and answers(folder, current, pin, verified_with):
         return {"provided": False}
     if not check:
+        folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
             earlier = find(folder, name, pin, verified_with)
             publish(folder, earlier or make(folder, image, pin, request))
@@ -226,7 +228,7 @@ def build(image: Image, part: Path, work: Path, request: dict[str, Any]) -> None
     spec = image.get("source") or str(work / "image.def")
     if image.get("definition"):
         Path(spec).write_text(image["definition"], encoding="utf-8")
-    environment = {"APPTAINER_TMPDIR": str(work), "APPTAINER_CACHEDIR": str(work / "cache")}
+    environment = {"APPTAINER_TMPDIR": str(work)}
     if request.get("username"):
         # Not arguments, which every user of this host could read.
         environment["APPTAINER_DOCKER_USERNAME"] = request["username"]
@@ -255,7 +257,8 @@ def apptainer(
         try:
             done = subprocess.run(
                 ["apptainer", "--nocolor", *words],
-                env={**os.environ, **environment},
+                # Nothing of a person's home: no cache, no login to another registry.
+                env={**os.environ, "HOME": str(work), **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=subprocess.STDOUT,

@@ -38,9 +38,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     First, because pytest-xdist reads the marks in a hook of the same name.
     """
     for item in items:
-        # Of these each file has a gateway of its own.
+        # Of these each file has a gateway, or a host, of its own.
         file = item.path.stem
-        shared = {"contract": "contract", "test_demo": "demo", "gateway": f"gateway-{file}"}
+        own = {folder: f"{folder}-{file}" for folder in ("gateway", "provisioning")}
+        shared = {"contract": "contract", "test_demo": "demo", **own}
         group = shared.get(item.path.parent.name) or shared.get(item.path.stem)
         if group is not None:
             item.add_marker(pytest.mark.xdist_group(group))

@@ -107,6 +107,7 @@ class Site:
         variables: Mapping[str, Any],
         *options: str,
         nodes: Sequence[str] = (),
+        user: str = "root",
         check: bool = True,
     ) -> "subprocess.CompletedProcess[str]":
         """Run a playbook of ours on the host, as its administrator would."""
@@ -115,7 +116,8 @@ class Site:
             (Path(folder) / "vault.json").write_text(json.dumps(variables))
             inside = f"/shared/{Path(folder).name}"
             argv = [ANSIBLE, "-i", f"{inside}/hosts", "-e", f"@{inside}/vault.json", *options]
-            return self.run([*argv, f"{SOURCE}/playbooks/{playbook}"], check=check)
+            self.run(["chown", "-R", user, inside])
+            return self.run([*argv, f"{SOURCE}/playbooks/{playbook}"], user=user, check=check)
 
 
 @contextmanager

@@ -342,6 +342,23 @@ def test_definition_is_built_by_a_user_without_root(site: Site, folder: Path) ->
     assert pin(folder).digest != before.digest
 
 
+def test_playbook_needs_no_root(site: Site, folder: Path) -> None:
+    """A research group's own account provides images for itself."""
+    own = {
+        "ansible_become": False,
+        "images_user": "",
+        "images_script": "~/.local/libexec/modelfleet-images",
+        "images_fleets": [{"spec": "/nowhere", "user": ""}],
+    }
+    wanted = by_playbook(folder, pushed(site, "one")) | own
+    site.play("images.yml", wanted, user="fleet")
+    assert hello(site, folder) == "one"
+    assert Path(pin(folder).program).stat().st_uid != 0
+    again = site.play("images.yml", wanted, user="fleet")
+    assert "changed=0" in again.stdout
+    assert "Nothing is removed: /nowhere" in again.stdout
+
+
 def test_image_is_signed_and_verified_before_it_is_published(site: Site, folder: Path) -> None:
     """With a key that it is not signed for there is no new image."""
     mine, other = (_keys(site) for _ in range(2))

@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e.checks import assert_settled, lost, under_load
 from tests.lab import Lab, in_base
-from tests.lab.base import CHECKOUT, FILES
+from tests.lab.base import CHECKOUT
 from tests.lab.fleet import Fleet
 
 SCRIPT = "/opt/modelfleet/src/playbooks/roles/images/files/images.py"
@@ -26,10 +26,10 @@ def standin(own_lab: Lab) -> dict[str, str]:
     incoming.mkdir()
     binds = {
         incoming: "/mnt/out",
-        FILES / "standin-sif.sh": "/mnt/standin-sif.sh",
-        CHECKOUT / "tests/lab/standin.py": "/mnt/standin.py",
+        CHECKOUT / "tests": "/mnt/tests",
     }
-    in_base(["sh", "/mnt/standin-sif.sh", "/mnt/out/standin.sif"], binds=binds, capture=True)
+    build = ["sh", "/mnt/tests/lab/files/standin-sif.sh", "/mnt/out/standin.sif"]
+    in_base(build, binds=binds, capture=True)
     digest = hashlib.sha256((incoming / "standin.sif").read_bytes()).hexdigest()
     return {"file": COPY, "sha256": digest}
 
@@ -39,8 +39,8 @@ def fleet(own_lab: Lab) -> Fleet:
     """A fleet of two stand-ins in containers."""
     fleet = Fleet(own_lab)
     images = own_lab.shared / "images"
-    images.mkdir()
-    shutil.chown(images, "2000", "2000")
+    images.mkdir(exist_ok=True)
+    shutil.chown(images, 2000, 2000)
     path = "runtime: none, path: /opt/modelfleet/src/tests/lab/standin.py"
     fleet.edit(path, "name: standin")
     fleet.edit("images:\n", f"image_dir: {FOLDER}\nimages:\n")

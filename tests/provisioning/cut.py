@@ -26,8 +26,11 @@ def serve(client: socket.socket, target: int, left: int, hold: bool) -> None:
             left -= len(data)
         if hold and left == 0:
             threading.Event().wait()
-    server.close()
-    client.close()
+    for end in (server, client):
+        # A mere close waits for the other thread, which reads.
+        with suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)
+        end.close()
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 LARGE = 1000
-MODEL = re.compile(r"/api/models/([^/]+/[^/]+)/revision/([^/]+)")
+MODEL = re.compile(r"/api/models/([^/]+/[^/]+)/(revision|tree)/([^/]+)")
 FILE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
@@ -28,6 +28,19 @@ def sibling(path: Path, name: str) -> dict[str, Any]:
         digest = hashlib.sha256(data).hexdigest()
         about["lfs"] = {"sha256": digest, "size": len(data), "pointerSize": 134}
     return about
+
+
+def entry(about: dict[str, Any]) -> dict[str, Any]:
+    """Return the same as it is told of a tree."""
+    told = {
+        "type": "file",
+        "path": about["rfilename"],
+        "size": about["size"],
+        "oid": about["blobId"],
+    }
+    if "lfs" in about:
+        told["lfs"] = {**about["lfs"], "oid": about["lfs"]["sha256"]}
+    return told
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -50,7 +63,7 @@ class Hub(BaseHTTPRequestHandler):
         else:
             self.answer(404, b"", {})
 
-    def model(self, repository: str, commit: str) -> None:
+    def model(self, repository: str, what: str, commit: str) -> None:
         root = self.folder / repository / commit
         if not root.is_dir():
             self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
@@ -58,7 +71,8 @@ class Hub(BaseHTTPRequestHandler):
         found = sorted(path for path in root.rglob("*") if path.is_file())
         siblings = [sibling(path, path.relative_to(root).as_posix()) for path in found]
         about = {"id": repository, "sha": commit, "siblings": siblings}
-        self.answer(200, json.dumps(about).encode(), {"Content-Type": "application/json"})
+        answer = about if what == "revision" else [entry(one) for one in siblings]
+        self.answer(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def file(self, repository: str, commit: str, name: str) -> None:
         path = self.folder / repository / commit / name

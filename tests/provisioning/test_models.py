@@ -145,7 +145,7 @@ def test_run_that_was_killed_is_gone_on_with_by_the_next(
         progress = part.with_suffix(".progress")
         wait_for("its progress", lambda: progress.exists() and "of 0.00 GB" in progress.read_text())
         large = part / "model.safetensors"
-        wait_for("half a file", lambda: large.exists() and large.stat().st_size > LARGE // 3)
+        wait_for("a part of a file", lambda: large.exists() and large.stat().st_size > 0)
         said = refused(site, f"/shared/{name}", url=f"{MIRROR}/{name}", sha256=pin)
         assert "is being fetched by process " in said
         first.kill()
@@ -297,17 +297,16 @@ def test_R36_weights_of_the_hub_are_those_of_the_commit(
         assert "hf_another" not in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("path", FILES)
 def test_file_of_the_hub_with_other_bytes_is_refused(
-    site: Site, folder: Path, name: str, wheels: str
+    site: Site, folder: Path, name: str, wheels: str, path: str
 ) -> None:
-    """Both kinds: git's own, and those in large file storage. Then the right ones are fetched."""
-    in_repository(site, name, FILES)
-    for path, data in FILES.items():
-        in_repository(site, name, {f"{path}.spoilt": data[::-1]})
-        done = hub_play(site, name, wheels, models_list=_without_spoilt())
-        assert f"{path} has not the checksum that it should have" in done.stdout
-        (site.shared / f"{name}-hub/org/tiny" / COMMIT / f"{path}.spoilt").unlink()
+    """Be it git's own or in large file storage; once the hub has the right one, it is fetched."""
+    in_repository(site, name, {**FILES, f"{path}.spoilt": FILES[path][::-1]})
+    done = hub_play(site, name, wheels, models_list=_without_spoilt())
+    assert f"{path} has not the checksum that it should have" in done.stdout
     assert not [*folder.glob("tiny-*")]
+    (site.shared / f"{name}-hub/org/tiny" / COMMIT / f"{path}.spoilt").unlink()
     assert hub_play(site, name, wheels, models_list=_without_spoilt()).returncode == 0
     assert contents(folder / f"tiny-{COMMIT[:12]}") == FILES
 

@@ -11,6 +11,7 @@ from tests.lab.base import CHECKOUT, LOCK, base, cache, download, enter, python_
 from tests.lab.wait import run_aloud
 
 INSTALL = """
+install -d -m 0700 /shared/secrets
 python3 -m venv /opt/own
 /opt/own/bin/pip install --quiet --no-index --find-links /mnt/wheels --require-hashes --no-deps \\
     --requirement /mnt/requirements.lock

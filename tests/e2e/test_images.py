@@ -3,8 +3,6 @@
 import hashlib
 import json
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,7 +11,9 @@ from tests.lab import Lab, in_base
 from tests.lab.base import CHECKOUT
 from tests.lab.fleet import Fleet
 
-SCRIPT = "/opt/modelfleet/src/playbooks/roles/images/files/images.py"
+ANSIBLE = "/opt/modelfleet/venv/bin/ansible-playbook"
+PLAYBOOK = "/opt/modelfleet/src/playbooks/images.yml"
+HOSTS = "[login]\nlogin1 ansible_connection=local ansible_python_interpreter=/usr/bin/python3\n"
 FOLDER, COPY = "/shared/images", "/shared/incoming/standin.sif"
 REBUILT = f"Bootstrap: localimage\nFrom: {COPY}\n%post\n    echo rebuilt > /etc/rebuilt\n"
 BUILD_TIMEOUT_S = 300.0
@@ -47,16 +47,24 @@ def fleet(own_lab: Lab) -> Fleet:
     return fleet
 
 
-def asked(fleet: Fleet, verb: str, **request: Any) -> Any:
-    stdin = json.dumps({"folder": FOLDER, "scratch": "/var/tmp", **request})
-    argv = ["python3", SCRIPT, verb]
-    return json.loads(fleet.lab.run("login", argv, input=stdin, timeout=BUILD_TIMEOUT_S).stdout)
-
-
 def provided(fleet: Fleet, image: dict[str, str]) -> str:
-    """Provide an image; return its file's path."""
-    assert asked(fleet, "provide", image={"name": "standin", **image}) == {"provided": True}
-    manifest = json.loads((fleet.lab.shared / "images/standin.json").read_text())
+    """Provide an image by the playbook, and remove what nobody needs; return its file's path."""
+    variables = {
+        "ansible_become": False,
+        "images_dir": FOLDER,
+        "images_list": [{"name": "standin", **image}],
+        "images_keep": 0,
+        "images_user": "",
+        "images_script": "/home/fleet/images.py",
+        "images_fleets": [{"spec": fleet.spec, "user": ""}],
+    }
+    shared = fleet.lab.shared
+    (shared / "site.json").write_text(json.dumps(variables))
+    (shared / "hosts").write_text(HOSTS)
+    argv = [ANSIBLE, "-i", "/shared/hosts", "-e", "@/shared/site.json", PLAYBOOK]
+    said = fleet.lab.run("login", argv, timeout=BUILD_TIMEOUT_S).stdout
+    assert "Nothing is removed" not in said
+    manifest = json.loads((shared / "images/standin.json").read_text())
     return f"{FOLDER}/{manifest['sif']}"
 
 
@@ -65,10 +73,8 @@ def named(fleet: Fleet) -> dict[str, list[str]]:
     return found
 
 
-def cleaned(fleet: Fleet) -> list[str]:
-    """Remove what is in use by nobody; return what was."""
-    removed: list[str] = asked(fleet, "clean", keep=0, in_use=list(named(fleet)))["removed"]
-    return removed
+def files(fleet: Fleet) -> set[str]:
+    return {f"{FOLDER}/{path.name}" for path in (fleet.lab.shared / "images").glob("*.sif")}
 
 
 def test_rebuilt_image_rolls_the_fleet_with_no_failed_request(
@@ -78,10 +84,12 @@ def test_rebuilt_image_rolls_the_fleet_with_no_failed_request(
     old = provided(fleet, standin)
     fleet.run("apply", "--wait", "--timeout", "90s")
     before = {replica["job_id"] for replica in fleet.replicas()}
-    new = provided(fleet, {"definition": REBUILT})
+    definition = {"definition": "/shared/rebuilt.def"}
+    (fleet.lab.shared / "rebuilt.def").write_text(REBUILT)
+    new = provided(fleet, definition)
     assert new != old
     assert named(fleet)[old] == ["what served tiny last", *(f"job {one}" for one in sorted(before))]
-    assert cleaned(fleet) == []
+    assert files(fleet) == {old, new}
     apply = ("apply", "--wait", "--timeout", "120s")
     requests = under_load(fleet, lambda: fleet.run(*apply))
     assert lost(requests) == []
@@ -91,4 +99,5 @@ def test_rebuilt_image_rolls_the_fleet_with_no_failed_request(
     for replica in after:
         script = ["scontrol", "write", "batch_script", str(replica["job_id"]), "-"]
         assert f"program={new}" in fleet.lab.run("login", script).stdout
-    assert cleaned(fleet) == [Path(old).name]
+    assert provided(fleet, definition) == new
+    assert files(fleet) == {new}

@@ -196,6 +196,10 @@ def test_sums_that_can_not_be_used_are_refused(site: Site, name: str, text: str,
         ({}, "give one of hub, url and path"),
         ({"url": "x", "path": "/x"}, "give one of hub, url and path"),
         ({"hub": "a/b", "commit": "main"}, "need their commit (40 hex digits), not a branch"),
+        (
+            {"path": "/x", "sha256": "0" * 64, "folder": ""},
+            "models_dir is not set: name the folder",
+        ),
         ({"url": MIRROR}, "give the sha256 of SHA256SUMS"),
         ({"url": "file:///etc", "sha256": "0" * 64}, "is no http:// or https:// address"),
         ({"path": "/nowhere", "sha256": "0" * 64}, "/nowhere/SHA256SUMS is not there"),
@@ -209,7 +213,7 @@ def test_request_that_can_not_be_met_is_one_line(
     site: Site, name: str, request_: dict[str, str], said: str
 ) -> None:
     """It says what to write, or what is not there."""
-    assert said in refused(site, f"/shared/{name}", **request_)
+    assert said in refused(site, **{"folder": f"/shared/{name}", **request_})
 
 
 def test_sums_other_than_the_pinned_ones_are_refused(site: Site, name: str) -> None:

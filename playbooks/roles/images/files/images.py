@@ -84,6 +84,8 @@ def one_line(text: str, request: dict[str, Any]) -> str:
 def provide(request: dict[str, Any], check: bool) -> Any:
     """Have the image in the folder, verified and current."""
     folder, image = Path(request["folder"]), request["image"]
+    if not folder.is_absolute():
+        raise Failed("images_dir is not set: name the folder that login hosts and nodes share")
     name, pin, verified_with = image["name"], pin_of(image), key_of(request)
     # The size alone is compared: reading it all takes minutes.
     current = read_manifest(folder / f"{name}.json")

@@ -101,6 +101,8 @@ def hide(text: str, request: Request) -> str:
 def provide(request: Request, check: bool) -> Any:
     """Have the weights in the folder."""
     name, pin = name_and_pin(request)
+    if not Path(request["folder"]).is_absolute():
+        raise Failed("models_dir is not set: name the folder that login hosts and nodes share")
     final = Path(request["folder"]) / f"{name}-{pin[:PIN_DIGITS]}"
     missing = not final.exists()
     if missing and not check:

@@ -40,8 +40,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         # Of these each file has a gateway, or a host, of its own.
         file = item.path.stem
-        own = {folder: f"{folder}-{file}" for folder in ("gateway", "provisioning")}
-        shared = {"contract": "contract", "test_demo": "demo", **own}
+        shared = {
+            "contract": "contract",
+            "test_demo": "demo",
+            "gateway": f"gateway-{file}",
+            "provisioning": f"provisioning-{file}",
+        }
         group = shared.get(item.path.parent.name) or shared.get(item.path.stem)
         if group is not None:
             item.add_marker(pytest.mark.xdist_group(group))

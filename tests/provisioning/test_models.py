@@ -158,6 +158,20 @@ def test_run_that_was_killed_is_gone_on_with_by_the_next(
     assert answers(site, name)[-1] == f"GET /{name}/model.safetensors 206"
 
 
+def test_run_that_was_killed_in_its_last_step_is_ended_by_the_next(
+    site: Site, folder: Path, name: str
+) -> None:
+    """All is there and read-only, but for the name."""
+    pin = offered(site, name)
+    asked = {"folder": f"/shared/{name}", "name": "tiny", "path": f"/shared/mirror/{name}"}
+    stdin = json.dumps({**asked, "sha256": pin})
+    site.run(["python3", SCRIPT, "provide"], user="fleet", stdin=stdin)
+    weights = folder / f"tiny-{pin[:12]}"
+    weights.rename(folder / f".{weights.name}.part")
+    site.run(["python3", SCRIPT, "provide"], user="fleet", stdin=stdin)
+    assert contents(weights) == FILES
+
+
 def test_wrong_checksum_publishes_nothing(site: Site, folder: Path, name: str) -> None:
     """The file goes, and it alone is fetched again once the mirror has the right one."""
     pin = offered(site, name)

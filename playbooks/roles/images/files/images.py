@@ -42,6 +42,8 @@ REGISTRIES = ("docker", "oras", "library", "shub")
 # A large engine's image takes half an hour to unpack and squash; what takes longer hangs.
 TIMEOUT_S = 3 * 3600.0
 CHUNK = 1 << 20
+# A disk with less is full.
+SPACE = 1 << 20
 
 Image = dict[str, str]
 Manifest = dict[str, Any]
@@ -280,9 +282,13 @@ def apptainer(
 
 def reason(text: str, folder: Path, work: Path) -> str:
     """Return why Apptainer failed, in its own last words, or that a disk is full."""
-    if re.search("no space left on device", text, re.IGNORECASE):
-        free = {str(at): mb(shutil.disk_usage(at).free) for at in (folder, work.parent)}
-        return "no space left: " + ", ".join(f"{at} has {size} free" for at, size in free.items())
+    free = {at: shutil.disk_usage(at).free for at in (folder, work.parent)}
+    # What it says may itself have found no space.
+    said = re.search("no space left on device|disk quota exceeded", text, re.IGNORECASE)
+    if said or min(free.values()) < SPACE:
+        return "no space left: " + ", ".join(
+            f"{at} has {mb(size)} free" for at, size in free.items()
+        )
     errors = [line for line in text.splitlines() if line.startswith(("FATAL", "ERROR"))]
     return (errors or text.splitlines() or ["it said nothing"])[-1]
 

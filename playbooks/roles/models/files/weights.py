@@ -141,6 +141,8 @@ def fetch(request: Request, pin: str, final: Path) -> None:
         source.fetch(part, files)
         sums = {file.path: verified(part, file) for file in files}
     text = "".join(f"{digest}  {path}\n" for path, digest in sorted(sums.items()))
+    # Should the former run have been killed in its last step, it is read-only.
+    (part / SUMS).unlink(missing_ok=True)
     (part / SUMS).write_text(text, encoding="utf-8")
     settle(part, {*sums, SUMS})
     part.rename(final)

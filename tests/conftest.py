@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     First, because pytest-xdist reads the marks in a hook of the same name.
     """
     for item in items:
-        # Of these each file has a gateway of its own.
+        # Of these each file has a gateway, or a host, of its own.
         file = item.path.stem
         shared = {
             "contract": "contract",
@@ -46,6 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             "test_demo": "demo",
             "test_site": "site",
             "gateway": f"gateway-{file}",
+            "provisioning": f"provisioning-{file}",
         }
         group = shared.get(item.path.parent.name) or shared.get(item.path.stem)
         if group is not None:

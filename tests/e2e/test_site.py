@@ -24,6 +24,8 @@ KILLS = 10 if os.environ.get("SOAK") else 2
 PARTS = [
     ("validate", "all"),
     ("apptainer", "nodes"),
+    ("images", "login"),
+    ("models", "login"),
     ("gateway", "gateway"),
     ("controller", "login"),
     ("smoke", "login"),

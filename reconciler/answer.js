@@ -152,11 +152,15 @@ function passed(r) {
 }
 
 // NGINX ends idle connections at a reload, although a request may be on its way on one. So for a
-// moment before, and for as long as an old worker lives, each answer asks the client to end its own.
-// HTTP/2 has frames for that, and forbids the header.
+// moment before, and for as long as an old worker lives, each answer asks the client to end its own; a
+// stream always does, as it says so long before it ends. HTTP/2 has frames for that, and forbids the
+// header.
 function connection(r) {
     if (r.httpVersion >= '2') {
         return '';
+    }
+    if ((r.headersOut['Content-Type'] || '').startsWith('text/event-stream')) {
+        return 'close';
     }
     try {
         return fs.statSync(r.variables.fleet_closing, {throwIfNoEntry: false}) ? 'close' : '';

@@ -74,7 +74,7 @@ def wrk(
 
 
 class Stream:
-    """One kept connection on which streams are asked for, one after the other."""
+    """A connection of its own for each stream: after one of ours it ends (answer.js)."""
 
     def __init__(self, port: int, context: ssl.SSLContext | None) -> None:
         self._connection = (
@@ -92,6 +92,7 @@ class Stream:
         first = answer.read1(65536)
         seconds = time.perf_counter() - began
         whole = first + answer.read()
+        self._connection.close()
         if answer.status != 200 or not whole.endswith(b"data: [DONE]\n\n"):
             raise ValueError(f"no whole stream: {answer.status} {whole[:200]!r}")
         return seconds * 1e3

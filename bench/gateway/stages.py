@@ -86,7 +86,7 @@ def sixteen_connections(stage: Stage) -> Iterator[Row]:
 
 
 def streams(stage: Stage) -> Iterator[Row]:
-    """How much later the first byte of a stream comes, on a connection that is open already."""
+    """How much later the first byte of a stream comes; connecting is a part of it, for all ways."""
     rounds, count = stage.pace.streams
     text = completion(stream=True)
     clients = {name: Stream(way.port, way.context) for name, way in stage.ways.items()}

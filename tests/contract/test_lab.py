@@ -17,7 +17,7 @@ from tests.lab import Lab, LabError, in_base, wait_for
 # A node that lost its power is DOWN after SlurmdTimeout (10 s) and the ping before it.
 DOWN_WITHIN_S = 40
 # Everything of a lab ends with one process; the kernel collects the last link a moment later.
-GONE_WITHIN_S = 5
+GONE_WITHIN_S = 30
 
 
 @pytest.fixture

@@ -127,7 +127,7 @@ def test_a_cut_between_gateway_and_node_costs_only_streams_begun_there(served: F
     gone = [request for request in requests if not request.succeeded]
     assert lost([request for request in gone if not (request.stream and request.chunks)]) == []
     tried = gateway_log(served.lab)
-    assert {tried[request.id][-1] for request in gone} == {victim["address"]}
+    assert {tried[request.id][-1] for request in gone} <= {victim["address"]}
     assert live(served) == before
     assert_settled(served, replicas=2)
 

@@ -131,9 +131,6 @@ async def _ask(client: Client, name: str, requests: list[Request], enough: async
             requests.append(request)
             await _timed(way.send, request, client.tokens)
             count += 1
-            if client.stream:
-                # It may have been the last on its connection, which is told behind its end.
-                await asyncio.sleep(PAUSE_S)
 
 
 async def _timed(

@@ -119,6 +119,8 @@ class Engine:
         return self.log.read_text(errors="replace")[-2000:]
 
 
+# As batch.py sets it, on the host and in a container: a client here may be kept waiting too.
+_KEEP_ALIVE = {f"{prefix}VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120" for prefix in ("", "APPTAINERENV_")}
 Start = Callable[[str], AbstractContextManager[Engine]]
 
 

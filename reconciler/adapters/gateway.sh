@@ -3,8 +3,8 @@
 # shellcheck shell=sh
 set -eu
 folder=$1 status=$2 verb=$3
-# A login by ssh often lacks the folders where nginx and pgrep are.
-PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+# A login by ssh often lacks the folders where nginx and pgrep are. Without root, NGINX is in its own.
+PATH=$folder/bin:$PATH:/usr/local/sbin:/usr/sbin:/sbin
 conf=$folder/current/nginx.conf
 
 # The generation that answers; it names a folder, so anything but a hash counts as no answer.

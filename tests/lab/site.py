@@ -1,11 +1,13 @@
 """A site on a bare lab: what its administrator has before and does with the playbooks."""
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Self
 
 from tests.lab.base import CHECKOUT, Say, base, cache
@@ -33,6 +35,7 @@ class Site:
         }
         self.lab = Lab.start(name, bare=True, binds=binds, say=say)
         self._specify()
+        self._variables = {"lab_name": name, **self._incoming()}
 
     def __enter__(self) -> Self:
         return self
@@ -62,7 +65,7 @@ class Site:
         self, playbook: str, *options: str, variables: Mapping[str, Any] | None = None
     ) -> list[str]:
         """The command line of a playbook."""
-        values = json.dumps({"lab_name": self.lab.name, **(variables or {})})
+        values = json.dumps({**self._variables, **(variables or {})})
         where = ["-i", "inventory/lab", f"playbooks/{playbook}", "--extra-vars", values]
         return [str(_BIN / "ansible-playbook"), *where, *options]
 
@@ -77,6 +80,25 @@ class Site:
         engine.chmod(0o755)
         for path in (folder, spec):
             shutil.chown(path, _FLEET, _FLEET)
+
+    def _incoming(self) -> dict[str, Any]:
+        """What is to be provided, already on the shared path; no job runs it."""
+        folder = self.lab.shared / "incoming"
+        (folder / "weights").mkdir(parents=True)
+        weights = folder / "weights/SHA256SUMS"
+        (folder / "image.sif").write_text("an image")
+        (folder / "weights/config.json").write_text("{}")
+        weights.write_text(f"{_sha256(folder / 'weights/config.json')}  config.json\n")
+        image = {"file": "/shared/incoming/image.sif", "sha256": _sha256(folder / "image.sif")}
+        model = {"path": "/shared/incoming/weights", "sha256": _sha256(weights)}
+        return {
+            "images_list": [{"name": "another", **image}],
+            "models_list": [{"name": "another", **model}],
+        }
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class Play:

@@ -70,6 +70,7 @@ def run_head(text: str) -> dict[str, list[str]]:
 
 VARIABLES = (
     *("comment_base", "names", "launch", "arguments", "environment", "contained", "node_count"),
+    "image_cache",
 )
 
 
@@ -104,6 +105,7 @@ GOLDEN = """\
 comment_base='{"v":1,"fleet":"demo","model":"tiny","revision":"0123abcd",\
 "commit":"0123456789ab","gpus":1,"keys":["aaaaaaaa","bbbbbbbb"]'
 program=/images/vllm.sif
+image_cache=''
 weights=/models/tiny
 node_count=1
 drain_timeout_s=60
@@ -206,6 +208,8 @@ def test_R37_path_with_special_characters_is_one_word(path: str) -> None:
     contained = run_head(script(program=f"{path}/x.sif", top=SIF, weights=path))
     assert contained["launch"][-2:] == [f"{path}/x.sif", "vllm"]
     assert f"{path}:/models:ro" in contained["launch"]
+    cached = run_head(script(program=f"{path}/x.sif", top={**SIF, "image_cache": path}))
+    assert cached["image_cache"] == [path]
 
 
 def test_R37_no_string_of_a_spec_reaches_sbatch() -> None:

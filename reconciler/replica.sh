@@ -234,7 +234,7 @@ prepare_node() {
 # those that no job runs. Where that can't be done, it runs from where it is.
 use_copy() {
   local copy="$image_cache/${program##*/}" other other_lock word
-  mkdir -p -m 700 "$image_cache"
+  (umask 077 && mkdir -p "$image_cache")
   # A folder that another user made would let them say what runs here.
   [[ -O $image_cache && -d $image_cache && ! -L $image_cache ]] || return 1
   exec {image_lock}>"$copy.lock" && flock "$image_lock" || return 1
@@ -245,7 +245,7 @@ use_copy() {
       exec {other_lock}>"$other.lock" && flock -n "$other_lock" && rm -f "$other"
       exec {other_lock}>&-
     done
-    cp "$program" "$copy.part" && mv "$copy.part" "$copy" || rm -f "$copy.part"
+    { cp "$program" "$copy.part" && mv "$copy.part" "$copy"; } || rm -f "$copy.part"
   fi
   flock --shared "$image_lock"
   # Until then it could still be taken away.

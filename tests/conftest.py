@@ -1,7 +1,7 @@
 """The labs that tests run on, and the rule that no test is ever skipped."""
 
 from collections.abc import Iterator
-from os import getpid
+from os import environ, getpid
 
 import pytest
 
@@ -32,11 +32,16 @@ def fleet(own_lab: Lab) -> Fleet:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests run side by side; those that share a lab or its name stay on one worker.
 
-    First, because pytest-xdist reads the marks in a hook of the same name.
+    First, because pytest-xdist reads the marks in a hook of the same name. What is for `make soak`
+    is none of the others' tests.
     """
+    if not environ.get("SOAK"):
+        long = [item for item in items if item.get_closest_marker("soak")]
+        items[:] = [item for item in items if item not in long]
+        config.hook.pytest_deselected(items=long)
     for item in items:
         # Of these each file has a gateway, or a host, of its own.
         file = item.path.stem
@@ -45,6 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             "engine": "engine",
             "test_demo": "demo",
             "test_site": "site",
+            "test_user_site": "user-site",
             "gateway": f"gateway-{file}",
             "provisioning": f"provisioning-{file}",
         }

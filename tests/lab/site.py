@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from tests.lab.base import CHECKOUT, Say, base, cache
+from tests.lab.base import CHECKOUT, FILES, Say, base, cache
 from tests.lab.lab import Lab
 
 _BIN = CHECKOUT / ".venv/bin"
@@ -66,20 +66,32 @@ class Site:
     ) -> list[str]:
         """The command line of a playbook."""
         values = json.dumps({**self._variables, **(variables or {})})
-        where = ["-i", "inventory/lab", f"playbooks/{playbook}", "--extra-vars", values]
-        return [str(_BIN / "ansible-playbook"), *where, *options]
+        where = [f"playbooks/{playbook}", "--extra-vars", values]
+        return [str(_BIN / "ansible-playbook"), *self._inventory(), *where, *options]
+
+    def _inventory(self) -> list[str]:
+        return ["-i", "inventory/lab"]
 
     def _specify(self) -> None:
-        folder = self.lab.shared / "specs/demo"
-        shutil.copytree(CHECKOUT / "specs/demo-standin", folder)
-        spec = folder / "fleet.yaml"
-        standin = "/opt/modelfleet/src/tests/lab/standin.py"
-        spec.write_text(spec.read_text().replace(standin, "/shared/engine"))
-        engine = self.lab.shared / "engine"
+        self._spec("specs/demo", _FLEET, {})
+
+    def _spec(self, folder: str, owner: int, changes: Mapping[str, str]) -> Path:
+        """Put the spec on the shared path, with the engine that it names."""
+        path = self.lab.shared / folder
+        shutil.copytree(CHECKOUT / "specs/demo-standin", path)
+        spec, engine = path / "fleet.yaml", self.lab.shared / "engine"
+        text = spec.read_text().replace(
+            "/opt/modelfleet/src/tests/lab/standin.py", "/shared/engine"
+        )
+        for old, new in changes.items():
+            assert old in text
+            text = text.replace(old, new)
+        spec.write_text(text)
         engine.write_text(_WRAPPER)
         engine.chmod(0o755)
-        for path in (folder, spec):
-            shutil.chown(path, _FLEET, _FLEET)
+        for one in (path, spec):
+            shutil.chown(one, owner, owner)
+        return path
 
     def _incoming(self) -> dict[str, Any]:
         """What is to be provided, already on the shared path; no job runs it."""
@@ -95,6 +107,60 @@ class Site:
             "images_list": [{"name": "another", **image}],
             "models_list": [{"name": "another", **model}],
         }
+
+
+class GroupSite(Site):
+    """A bare lab whose login host has what any cluster's has, and a group with an account on it."""
+
+    USER, _ID = "mallory", 2001
+    FOLDER, LOCAL = "/shared/ours", "/srv/ours"
+
+    def _specify(self) -> None:
+        gateway = {
+            "- {name: gateway, ssh: gateway}": "- {name: login}",
+            "  listen: 8080": f"  listen: 18080\n  directory: {self.LOCAL}/gateway",
+            "/shared/secrets": f"{self.FOLDER}/secrets",
+            "/shared/logs": f"{self.FOLDER}/logs",
+        }
+        ours = self._spec("ours/specs/production", self._ID, gateway).parents[1]
+        for path in (ours, ours / "specs"):
+            shutil.chown(path, self._ID, self._ID)
+        script = ["sh", "-s", self.USER, self.LOCAL]
+        text = (FILES / "group.sh").read_text()
+        self.lab.run("login", script, user="root", input=text, timeout=300)
+
+    def _inventory(self) -> list[str]:
+        """The example itself; beside it, how its one host is reached here."""
+        host = {"ansible_host": "login", "ansible_user": self.USER}
+        ssh = f"-F {self.lab.state}/ssh_config"
+        host |= {"ansible_ssh_common_args": ssh}
+        host |= {"ansible_control_path_dir": f"{self.lab.state}/connections"}
+        path = self.lab.state / "group.json"
+        path.write_text(json.dumps({"login": {"hosts": {"login1.example.org": host}}}))
+        return ["-i", "inventory/user", "-i", str(path)]
+
+    def _incoming(self) -> dict[str, Any]:
+        return super()._incoming() | {
+            "fleet_folder": self.FOLDER,
+            "fleet_local": self.LOCAL,
+            "gateway_nginx": f"/home/{self.USER}/nginx",
+            "apptainer_minimum_version": "1.4.5",
+            "controller_pip_arguments": ["--no-index", "--find-links", "/srv/wheels"],
+            "smoke_timeout_s": 60,
+        }
+
+    def reconciler_on(self, node: str) -> None:
+        """Let a node's reconciler come to the gateway: by a key and a name, as a user would."""
+        make = f"install -d -o {self.USER} -g {self.USER} {self.LOCAL} {self.LOCAL}/state"
+        self.lab.run(node, ["sh", "-ec", make], user="root")
+        key = "cd; mkdir -m 0700 .ssh; ssh-keygen -q -t ed25519 -N '' -f .ssh/id_ed25519;"
+        show = f"{key} cat > .ssh/known_hosts; cat .ssh/id_ed25519.pub"
+        known = (self.lab.state / "ssh_known_hosts").read_text()
+        public = self.lab.run(node, ["sh", "-ec", show], user=self.USER, input=known).stdout
+        allow = ["sh", "-c", "cat >> ~/.ssh/authorized_keys"]
+        self.lab.run("login", allow, user=self.USER, input=public)
+        spec = self.lab.shared / "ours/specs/production/fleet.yaml"
+        spec.write_text(spec.read_text().replace("{name: login}", "{name: login, ssh: login}"))
 
 
 def _sha256(path: Path) -> str:

@@ -146,7 +146,8 @@ class GroupSite(Site):
             "gateway_nginx": f"/home/{self.USER}/nginx",
             "apptainer_minimum_version": "1.4.5",
             "controller_pip_arguments": ["--no-index", "--find-links", "/srv/wheels"],
-            "smoke_timeout_s": 60,
+            # Cron runs a cycle a minute, and the first completion takes three of them.
+            "smoke_timeout_s": 300,
         }
 
     def reconciler_on(self, node: str) -> None:

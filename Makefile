@@ -27,7 +27,8 @@ test: packages ## run all tests: unit, contract on real Slurm, end to end, real 
 
 soak: packages ## run what takes long: many kills, reloads, requests, seeds
 	SOAK=1 $(PYTEST) $(PARALLEL) tests/e2e/test_kills.py tests/e2e/test_gateway_changes.py \
-		tests/e2e/test_gateway_models.py
+		tests/e2e/test_gateway_models.py tests/e2e/test_site.py tests/e2e/test_user_site.py \
+		tests/provisioning
 	.venv/bin/python -m tests.simulation --soak 5000
 
 bench: packages ## print how fast plan(), the command line, a cycle of 1,000 jobs, the gateway and a run of site.yml are, as ratios
@@ -44,7 +45,8 @@ lint: packages ## check style, types, layers, shell scripts and playbooks
 	.venv/bin/lint-imports
 	shellcheck $$(git ls-files '*.sh') .ci/run
 	.venv/bin/yamllint --strict .
-	.venv/bin/ansible-playbook --syntax-check --inventory inventory/example $(wildcard playbooks/*.yml)
+	for site in example user lab; do \
+		.venv/bin/ansible-playbook --syntax-check --inventory inventory/$$site $(wildcard playbooks/*.yml) || exit; done
 	.venv/bin/ansible-lint --offline -q
 
 venv: $(VENV)/complete ## make the development environment

@@ -91,6 +91,16 @@ def test_runs_that_are_killed_are_mended_by_the_next_one(site: Site) -> None:
     play = site.play("site.yml").worked()
     assert "tiny answers at http://gateway:8080" in play.said
     assert completes(site)
+    # Only with all that a job's script needs of its node.
+    wait_for("the jobs to say that they are ready", lambda: all(map(is_ready, jobs(site))))
+
+
+def jobs(site: Site) -> list[str]:
+    return root(site, "login", "squeue --noheader --states=RUNNING --format=%k").splitlines()
+
+
+def is_ready(comment: str) -> bool:
+    return "run" in (said := json.loads(comment)) and bool(said["run"]["ready"])
 
 
 def kill_at_task(site: Site, task: int) -> str:

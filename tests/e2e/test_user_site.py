@@ -76,7 +76,7 @@ def test_scrontab_runs_the_reconciler_as_a_job(site: GroupSite) -> None:
     mine(site, "printf '8 8 * * * true\\n' | scrontab -")
     ways = {
         "controller_runs": "scrontab",
-        "controller_scron_options": ["--nodelist=gpu1", "--time=10"],
+        "controller_scron_options": ["--nodelist=gpu1"],
     }
     site.play("controller.yml", "--check", variables=ways).worked()
     assert "modelfleet" not in mine(site, "scrontab -l")

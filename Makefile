@@ -28,7 +28,7 @@ test: packages ## run all tests: unit, contract on real Slurm, end to end, real 
 soak: packages ## run what takes long: many kills, reloads, requests, seeds
 	SOAK=1 $(PYTEST) $(PARALLEL) tests/e2e/test_kills.py tests/e2e/test_gateway_changes.py \
 		tests/e2e/test_gateway_models.py tests/e2e/test_site.py tests/e2e/test_user_site.py \
-		tests/provisioning
+		tests/e2e/test_images.py tests/provisioning
 	.venv/bin/python -m tests.simulation --soak 5000
 
 bench: packages ## print how fast plan(), the command line, a cycle of 1,000 jobs, the gateway and a run of site.yml are, as ratios

@@ -1,4 +1,7 @@
-"""Engines in images on the lab: a rebuilt one rolls the fleet, and what a job names stays."""
+"""Engines in images on the lab, each node with copies of its own: a rebuilt one rolls the fleet.
+
+What a job names stays.
+"""
 
 import hashlib
 import json
@@ -15,6 +18,7 @@ ANSIBLE = "/opt/modelfleet/venv/bin/ansible-playbook"
 PLAYBOOK = "/opt/modelfleet/src/playbooks/images.yml"
 HOSTS = "[login]\nlogin1 ansible_connection=local ansible_python_interpreter=/usr/bin/python3\n"
 FOLDER, COPY = "/shared/images", "/shared/incoming/standin.sif"
+CACHE = "/home/fleet/images"
 REBUILT = f"Bootstrap: localimage\nFrom: {COPY}\n%post\n    echo rebuilt > /etc/rebuilt\n"
 BUILD_TIMEOUT_S = 300.0
 
@@ -43,7 +47,7 @@ def fleet(own_lab: Lab) -> Fleet:
     shutil.chown(images, 2000, 2000)
     path = "runtime: none, path: /opt/modelfleet/src/tests/lab/standin.py"
     fleet.edit(path, "name: standin")
-    fleet.edit("images:\n", f"image_dir: {FOLDER}\nimages:\n")
+    fleet.edit("images:\n", f"image_dir: {FOLDER}\nimage_cache: {CACHE}\nimages:\n")
     return fleet
 
 
@@ -77,6 +81,7 @@ def files(fleet: Fleet) -> set[str]:
     return {f"{FOLDER}/{path.name}" for path in (fleet.lab.shared / "images").glob("*.sif")}
 
 
+@pytest.mark.soak
 def test_rebuilt_image_rolls_the_fleet_with_no_failed_request(
     fleet: Fleet, standin: dict[str, str]
 ) -> None:
@@ -99,5 +104,6 @@ def test_rebuilt_image_rolls_the_fleet_with_no_failed_request(
     for replica in after:
         script = ["scontrol", "write", "batch_script", str(replica["job_id"]), "-"]
         assert f"program={new}" in fleet.lab.run("login", script).stdout
+        assert new.rpartition("/")[2] in fleet.lab.run(replica["node"], ["ls", CACHE]).stdout
     assert provided(fleet, definition) == new
     assert files(fleet) == {new}

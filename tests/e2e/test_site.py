@@ -198,7 +198,7 @@ def test_the_reconciler_runs_in_the_way_that_is_chosen_and_in_no_other(
 
 
 @pytest.mark.soak
-def test_no_secret_is_printed(site: Site) -> None:
+def test_R36_a_site_prints_no_secret(site: Site) -> None:
     """Not even with -vvv, nor by a diff."""
     words = {name: f"{name}-{secrets.token_hex(16)}" for name in ("smoke", "spec", "tls")}
     variables = {
@@ -229,7 +229,12 @@ def test_a_spec_comes_from_git_when_it_is_signed_and_valid(site: Site) -> None:
         "controller_spec_signers": signers,
         "fleet_spec": "/var/lib/modelfleet/specs/current/demo",
     }
-    site.play("controller.yml", variables=variables).worked()
+    vault = site.lab.state / "spec-key.json"
+    vault.write_text(json.dumps({"controller_spec_key": f"key-{secrets.token_hex(16)}"}))
+    with_key = ("--extra-vars", f"@{vault}", "--diff", "-vvv")
+    play = site.play("controller.yml", *with_key, variables=variables).worked()
+    assert json.loads(vault.read_text())["controller_spec_key"] not in play.said
+    assert root(site, "login", "stat -c '%a %U' /etc/modelfleet/spec_key") == "400 fleet"
     assert repository.exists()
     assert used(site) == first
     pull = "runuser -u fleet -- /usr/local/libexec/modelfleet-pull"

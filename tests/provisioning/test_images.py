@@ -114,6 +114,7 @@ def by_playbook(folder: Path, image: dict[str, str]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.soak
 def test_image_is_pulled_by_its_digest_and_published_once(site: Site, folder: Path) -> None:
     """A check changes nothing, nor does a second run; a new pin is another image to the fleet."""
     first, second = pushed(site, "one"), pushed(site, "two")
@@ -151,6 +152,7 @@ def test_R36_provisioning_of_an_image_prints_no_secret(site: Site, folder: Path)
     assert not any(PASSWORD in log for log in logs)
 
 
+@pytest.mark.soak
 def test_digest_that_the_registry_has_not_is_one_clear_line(site: Site, folder: Path) -> None:
     """The playbook shows it; the image that was there serves on."""
     site.play("images.yml", by_playbook(folder, pushed(site, "one")))
@@ -314,6 +316,7 @@ def test_cleaning_spares_what_is_current_in_use_and_recent(site: Site, folder: P
     assert clean(site, folder, 0) == []
 
 
+@pytest.mark.soak
 def test_fleet_that_can_not_say_what_it_needs_keeps_everything(site: Site, folder: Path) -> None:
     """Unknown is never absent: the playbook says so, and removes nothing."""
     for word in ("one", "two"):
@@ -349,6 +352,7 @@ def test_definition_is_built_by_a_user_without_root(site: Site, folder: Path) ->
     assert pin(folder).digest != before.digest
 
 
+@pytest.mark.soak
 def test_playbook_needs_no_root(site: Site, folder: Path) -> None:
     """A research group's own account provides images for itself."""
     own = {

@@ -78,6 +78,7 @@ def answers(site: Site, name: str) -> list[str]:
     return [f"{part[1].rsplit(' ', 1)[0]} {part[2].split()[0]}" for part in requests]
 
 
+@pytest.mark.soak
 def test_weights_of_a_mirror_are_published_whole_and_once(
     site: Site, folder: Path, name: str
 ) -> None:
@@ -116,6 +117,7 @@ def test_weights_of_a_folder_are_copied_and_verified(site: Site, folder: Path, n
     assert contents(folder / f"tiny-{pin[:12]}") == FILES
 
 
+@pytest.mark.soak
 def test_connection_that_breaks_is_gone_on_with(site: Site, folder: Path, name: str) -> None:
     """Each time from where it was, within one run."""
     pin = offered(site, name)
@@ -297,6 +299,7 @@ def in_repository(site: Site, name: str, files: Mapping[str, bytes]) -> None:
         target.write_bytes(data)
 
 
+@pytest.mark.soak
 def test_R36_weights_of_the_hub_are_those_of_the_commit(
     site: Site, folder: Path, name: str, wheels: str
 ) -> None:
@@ -315,6 +318,7 @@ def test_R36_weights_of_the_hub_are_those_of_the_commit(
         assert "hf_another" not in done.stdout + done.stderr
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("path", FILES)
 def test_file_of_the_hub_with_other_bytes_is_refused(
     site: Site, folder: Path, name: str, wheels: str, path: str

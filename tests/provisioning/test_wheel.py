@@ -66,6 +66,7 @@ def test_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
     assert set(tracked) <= set(zipfile.ZipFile(wheel).namelist())
 
 
+@pytest.mark.soak
 def test_installed_command_works_without_the_checkout(installed: list[str]) -> None:
     """It reads a spec, the schema of its engine's arguments and the script of a job."""
     where = run(
@@ -89,6 +90,7 @@ def test_installed_command_works_without_the_checkout(installed: list[str]) -> N
     assert "Traceback" not in mistaken.stderr
 
 
+@pytest.mark.soak
 def test_installed_command_makes_what_jobs_and_gateways_run(installed: list[str]) -> None:
     """Of its own data files; no Slurm and no gateway is asked."""
     job = fleet(installed, "render", "/mnt/specs/demo-standin", "tiny")

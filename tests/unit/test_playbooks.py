@@ -1,6 +1,6 @@
 """The roles' variables are declared and described; both families of systems are thought of.
 
-Red Hat's family can't be run here, so what can be read of the roles without it is all that is checked.
+Red Hat's family can't be run here: what can be read of the roles without it is what is checked.
 """
 
 import re

@@ -173,7 +173,7 @@ def test_nginx_and_reconciler_run_as_the_account_and_may_little(site: Site) -> N
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("way", ["timer", "cron", "not at all", "service"])
+@pytest.mark.parametrize("way", ["timer", "cron", "scrontab", "not at all", "service"])
 def test_the_reconciler_runs_in_the_way_that_is_chosen_and_in_no_other(
     site: Site, way: str
 ) -> None:
@@ -185,6 +185,8 @@ def test_the_reconciler_runs_in_the_way_that_is_chosen_and_in_no_other(
     assert units == wanted.get(way, set())
     cron = root(site, "login", "cat /etc/cron.d/modelfleet", check=False)
     assert ("modelfleet-cycle" in cron) == (way == "cron")
+    table = root(site, "login", "runuser -u fleet -- scrontab -l", check=False)
+    assert ("modelfleet-cycle" in table) == (way == "scrontab")
     if way == "timer":
         log = "journalctl -u modelfleet-cycle --no-pager"
         wait_for("a cycle", lambda: "fleet demo: nothing to do" in root(site, "login", log))

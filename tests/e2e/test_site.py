@@ -277,12 +277,14 @@ def test_an_upgrade_loses_no_request(site: Site) -> None:
 @pytest.mark.soak
 def test_a_removal_wants_the_name_drains_first_and_leaves_nothing_that_runs(site: Site) -> None:
     """The account's jobs are gone, and what others made is as it was."""
+    site.play("controller.yml", variables={"controller_runs": "scrontab"}).worked()
     play = site.play("remove.yml", variables={"remove_fleet": "another"})
     assert play.status != 0
     assert "The fleet here is demo, not another: nothing is removed" in play.said
     variables = {"remove_fleet": "demo"}
     site.play("remove.yml", variables=variables).worked()
     assert root(site, "login", "squeue --noheader") == ""
+    assert "modelfleet" not in root(site, "login", "runuser -u fleet -- scrontab -l", check=False)
     for host in ("login", "gateway"):
         assert root(site, host, "systemctl list-units --plain --no-legend 'modelfleet*'") == ""
         assert root(site, host, "find /etc /usr/local -name '*fleet*'; ls /opt") == "engine"

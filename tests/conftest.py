@@ -35,20 +35,24 @@ def fleet(own_lab: Lab) -> Fleet:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What takes long runs in `make soak`. Tests that share a lab or its name stay on one worker.
 
-    First, because pytest-xdist reads the marks in a hook of the same name.
+    First, because pytest-xdist reads the marks in a hook of the same name. What is for `make soak`
+    is none of the others' tests.
     """
     if not os.environ.get("SOAK"):
         late = [item for item in items if item.get_closest_marker("soak")]
         config.hook.pytest_deselected(items=late)
         items[:] = [item for item in items if item not in late]
     for item in items:
-        # Of these each file has a gateway of its own.
+        # Of these each file has a gateway, or a host, of its own.
         file = item.path.stem
         shared = {
             "contract": "contract",
             "engine": "engine",
             "test_demo": "demo",
+            "test_site": "site",
+            "test_user_site": "user-site",
             "gateway": f"gateway-{file}",
+            "provisioning": f"provisioning-{file}",
         }
         group = shared.get(item.path.parent.name) or shared.get(item.path.stem)
         if group is not None:

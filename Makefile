@@ -26,7 +26,7 @@ test: packages ## run all tests: unit, contract on real Slurm, end to end, real 
 	$(PYTEST) -k $(ALONE)
 
 soak: packages ## run what takes long: many kills, reloads, requests, seeds
-	SOAK=1 $(PYTEST) $(PARALLEL) -k 'not $(ALONE)' tests/e2e tests/provisioning
+	SOAK=1 $(PYTEST) $(PARALLEL) -k 'not $(ALONE)' tests/contract tests/e2e tests/mutations tests/provisioning
 	.venv/bin/python -m tests.simulation --soak 5000
 
 bench: packages ## print how fast plan(), the command line, a cycle of 1,000 jobs, the gateway and a run of site.yml are, as ratios

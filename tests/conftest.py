@@ -35,8 +35,7 @@ def fleet(own_lab: Lab) -> Fleet:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What takes long runs in `make soak`. Tests that share a lab or its name stay on one worker.
 
-    First, because pytest-xdist reads the marks in a hook of the same name. What is for `make soak`
-    is none of the others' tests.
+    First, because pytest-xdist reads the marks in a hook of the same name.
     """
     if not os.environ.get("SOAK"):
         late = [item for item in items if item.get_closest_marker("soak")]

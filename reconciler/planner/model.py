@@ -1,7 +1,7 @@
 """What one model needs: which replicas leave and why, which are submitted, what is held back."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from reconciler.failures import backoff_until, halted
@@ -51,7 +51,11 @@ def decide(model: Model, seen: Seen) -> Part:
     alone = left_alone(model.name, model.suspend, seen)
     if alone is not None:
         return Part(notes=(alone,), view=model_view(model, seen))
-    parts = [_decide(case) for case in _cases(model, seen)][::-1]  # the model before its canary
+    parts: list[Part] = []
+    for case in [*_cases(model, seen)][::-1]:  # the model before its canary
+        # Both may lack replicas of one revision, where what was ready last is the canary now.
+        new = {submit.name.ordinal for part in parts for submit in part.submits}
+        parts.append(_decide(replace(case, taken=case.taken | new)))
     if model.name in seen.aborted:
         parts.append(_given_up(seen.aborted[model.name], parts[0], seen))
     return Part(

@@ -87,6 +87,7 @@ def test_planned_changes_under_constant_load_lose_no_request(served: Fleet) -> N
     assert len(set(_generations(served))) == 1
 
 
+@pytest.mark.soak
 def test_an_unreachable_gateway_holds_back_drains_and_nothing_else(served: Fleet) -> None:
     """The other one changes and serves on; status names the one; it catches up when it is back."""
     before = live(served)
@@ -129,6 +130,7 @@ def test_reloads_in_a_row_lose_no_request(served: Fleet) -> None:
         assert lost(under([*hasty, *patient], reloads)) == []
 
 
+@pytest.mark.soak
 def test_a_tenants_key_is_rotated_without_a_lost_request(served: Fleet) -> None:
     """Both keys are good until the old one is revoked, and after that only the new one."""
 

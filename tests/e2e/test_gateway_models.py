@@ -1,8 +1,8 @@
 """Many requests of several tenants to several models, each answered by whom it was meant for."""
 
-import os
 from collections.abc import Mapping
 
+import pytest
 import yaml
 
 from tests.e2e.checks import lost, routed, running, under
@@ -10,7 +10,7 @@ from tests.lab.fleet import Fleet
 from tests.lab.load import Client
 from tests.lab.wait import wait_for
 
-REQUESTS = 50_000 if os.environ.get("SOAK") else 3_000
+REQUESTS = 50_000
 MODELS = {"tiny": "demo/tiny-llama", "small": "demo/small", "other": "other"}
 TENANTS = ("astro", "bio", "chem", "geo", "math")
 
@@ -44,6 +44,7 @@ def _clients(fleet: Fleet, keys: Mapping[str, str]) -> list[Client]:
     ]
 
 
+@pytest.mark.soak
 def test_every_answer_is_of_the_model_that_was_asked(fleet: Fleet) -> None:
     """Also while one of them gets another revision: addresses and upstreams change."""
     _with_three_models(fleet)

@@ -52,12 +52,14 @@ def test_each_failure_that_is_not_owed_has_its_mutation() -> None:
         assert f"::test_{one.number}_" in one.test
 
 
+@pytest.mark.soak
 def test_without_a_mutation_every_test_passes(tree: Path) -> None:
     """What a mutation's test sees is the mutation, not the tree."""
     done = run(tree, *(one.test for one in MUTATIONS))
     assert done.returncode == pytest.ExitCode.OK, done.stdout
 
 
+@pytest.mark.soak
 def test_reconciler_under_test_is_the_trees(tree: Path) -> None:
     """Were the checkout's imported, its tests would pass beside a copy that is none."""
     (tree / "reconciler" / "__init__.py").write_text("raise ImportError('the copy')\n")
@@ -65,6 +67,7 @@ def test_reconciler_under_test_is_the_trees(tree: Path) -> None:
     assert "ImportError: the copy" in done.stdout
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.number)
 def test_mutation_is_seen_by_the_test_of_its_number(tree: Path, mutation: Mutation) -> None:
     """Seen is a test that failed; one that could not be collected or run has seen nothing."""

@@ -180,6 +180,8 @@ class Simulation:
                 )
             for error in outcome.errors:
                 self._tell(f"failed: {error}")
+            told = [note for note in outcome.plan.notes if note.kind is NoteKind.LEFT_OVER]
+            self.result.notes[NoteKind.LEFT_OVER] += len(told)
         except Killed as where:
             self._tell(f"killed {where}")
         except FleetError as error:

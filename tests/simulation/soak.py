@@ -14,9 +14,8 @@ from tests.simulation.run import Result, simulate
 
 # A rule that was never tried is not known to hold: everything must have occurred so often.
 LEAST = 20
-# Simulated gateways write no log, and nobody there has a budget of tokens. What a cycle leaves over
-# is told after its plan, and these are the plans' notes.
-_UNSIMULATED = {NoteKind.FALLBACK, NoteKind.LEFT_OVER, NoteKind.LOG, NoteKind.QUOTA}
+# The gateway's: simulated ones write no log, and nobody there has a budget of tokens or a fallback.
+_UNSIMULATED = {NoteKind.FALLBACK, NoteKind.LOG, NoteKind.QUOTA}
 BOUNDARIES = tuple(
     f"{side} {call}"
     for call in ("submit", "change", "drain", "cancel", "save")

@@ -3,7 +3,10 @@
 Red Hat's family can't be run here: what can be read of the roles without it is what is checked.
 """
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +85,45 @@ def test_packages_are_installed_by_the_family_that_has_them() -> None:
             family = f"ansible_facts['os_family'] == '{INSTALLS[module]}'"
             assert any(family in str(condition) for condition in task["when"]), name
     assert seen == set(INSTALLS)
+
+
+LUA = """- hosts: gateway
+  connection: local
+  gather_facts: false
+  tasks:
+    - ansible.builtin.import_role: {name: validate, tasks_from: nginx.yml}
+"""
+
+
+@pytest.mark.parametrize("has", ["", "nginx nginx-module-lua lua-cjson"])
+def test_gateway_of_red_hats_family_without_lua_is_refused_in_a_line(
+    tmp_path: Path, has: str
+) -> None:
+    """Its own repositories have none; what the site's have is asked of rpm and dnf."""
+    rpm = "nginx 'package nginx-module-lua is not installed' logrotate"
+    for program, said in {"rpm": rpm, "dnf": has}.items():
+        (tmp_path / program).write_text(f"#!/bin/sh\nprintf '%s\\n' {said}\n")
+        (tmp_path / program).chmod(0o755)
+    (tmp_path / "play.yml").write_text(LUA)
+    (tmp_path / "hosts").write_text("[gateway]\ngateway1\n")
+    ansible = [sys.executable, "-m", "ansible", "playbook", "-i", str(tmp_path / "hosts")]
+    variables = f"ansible_python_interpreter={sys.executable} fleet_user=fleet"
+    done = subprocess.run(
+        [*ansible, str(tmp_path / "play.yml"), "-e", variables],
+        env={
+            **os.environ,
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "ANSIBLE_ROLES_PATH": str(ROLES),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode == 0) == bool(has), done.stdout
+    refused = "No repository of gateway1 has nginx-module-lua, lua-cjson" in " ".join(
+        done.stdout.split()
+    )
+    assert refused == (not has)
 
 
 def test_facts_are_asked_for_as_facts() -> None:

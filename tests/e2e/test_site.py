@@ -1,7 +1,6 @@
 """Playbooks on a bare lab over real ssh: from hosts with Slurm to a completion.
 
-The tests build on each other in their order: a site is provisioned once. Two of them are for every
-run of the tests; they need none of the others.
+The tests build on each other in their order: a site is provisioned once.
 """
 
 import json
@@ -19,8 +18,10 @@ from tests.e2e.checks import lost, mixed, under
 from tests.lab.site import Site
 from tests.lab.wait import wait_for
 
-# How many runs are killed before one may finish; many take minutes.
-KILLS = 10 if os.environ.get("SOAK") else 1
+pytestmark = pytest.mark.soak
+
+# How many runs are killed before one may finish.
+KILLS = 10
 
 PARTS = [
     ("validate", "all"),
@@ -62,7 +63,6 @@ def completes(site: Site) -> bool:
     return httpx.post(url, json=body, timeout=30).status_code == 200
 
 
-@pytest.mark.soak
 def test_a_check_of_bare_hosts_works_and_changes_nothing(site: Site) -> None:
     """`--check --diff` shows what would be done, before anything is there."""
     before = files(site)
@@ -72,7 +72,6 @@ def test_a_check_of_bare_hosts_works_and_changes_nothing(site: Site) -> None:
     assert files(site) ^ before == set()
 
 
-@pytest.mark.soak
 def test_a_site_without_the_account_is_refused_before_anything_is_touched(site: Site) -> None:
     """The message says where and what to do."""
     play = site.play("site.yml", variables={"fleet_user": "nobody-here"})
@@ -129,7 +128,6 @@ def test_a_second_run_changes_nothing(site: Site) -> None:
     assert [root(site, host, pids) for host in ("login", "gateway")] == before
 
 
-@pytest.mark.soak
 @pytest.mark.parametrize(("part", "group"), PARTS)
 def test_a_part_works_alone(site: Site, part: str, group: str) -> None:
     """`--tags` runs that part's role only, after validation, and `--limit` its hosts only."""
@@ -140,7 +138,6 @@ def test_a_part_works_alone(site: Site, part: str, group: str) -> None:
     assert set(play.changed.values()) == {0}
 
 
-@pytest.mark.soak
 def test_a_changed_base_configuration_is_read_and_a_wrong_one_never_written(site: Site) -> None:
     """It is tested beside the generation that serves; NGINX reads it without a restart."""
     base = "/var/lib/modelfleet/gateway/base.conf"
@@ -158,7 +155,6 @@ def test_a_changed_base_configuration_is_read_and_a_wrong_one_never_written(site
     assert completes(site)
 
 
-@pytest.mark.soak
 def test_nginx_and_reconciler_run_as_the_account_and_may_little(site: Site) -> None:
     """No process of ours is root's; systemd's own judgement of the units is "OK"."""
     for host, unit in (("login", "modelfleet"), ("gateway", "modelfleet-gateway")):
@@ -172,7 +168,6 @@ def test_nginx_and_reconciler_run_as_the_account_and_may_little(site: Site) -> N
     )
 
 
-@pytest.mark.soak
 @pytest.mark.parametrize("way", ["timer", "cron", "scrontab", "not at all", "service"])
 def test_the_reconciler_runs_in_the_way_that_is_chosen_and_in_no_other(
     site: Site, way: str
@@ -199,7 +194,6 @@ def test_the_reconciler_runs_in_the_way_that_is_chosen_and_in_no_other(
     assert completes(site)
 
 
-@pytest.mark.soak
 def test_R36_a_site_prints_no_secret(site: Site) -> None:
     """Not even with -vvv, nor by a diff."""
     words = {name: f"{name}-{secrets.token_hex(16)}" for name in ("smoke", "spec", "tls")}
@@ -218,7 +212,6 @@ def test_R36_a_site_prints_no_secret(site: Site) -> None:
     assert not [word for word in words.values() if word in play.worked().said + more.said]
 
 
-@pytest.mark.soak
 def test_a_spec_comes_from_git_when_it_is_signed_and_valid(site: Site) -> None:
     """Another commit leaves the one before in use, and the journal says why."""
     lab = site.lab
@@ -256,7 +249,6 @@ def test_a_spec_comes_from_git_when_it_is_signed_and_valid(site: Site) -> None:
     assert completes(site)
 
 
-@pytest.mark.soak
 def test_an_upgrade_loses_no_request(site: Site) -> None:
     """NGINX goes over to a newer module and program with its sockets open."""
     module = "/usr/lib/nginx/modules/ngx_http_lua_module.so"
@@ -274,7 +266,6 @@ def test_an_upgrade_loses_no_request(site: Site) -> None:
     assert set(site.play("gateway.yml").worked().changed.values()) == {0}
 
 
-@pytest.mark.soak
 def test_a_removal_wants_the_name_drains_first_and_leaves_nothing_that_runs(site: Site) -> None:
     """The account's jobs are gone, and what others made is as it was."""
     site.play("controller.yml", variables={"controller_runs": "scrontab"}).worked()

@@ -136,6 +136,7 @@ def test_image_is_pulled_by_its_digest_and_published_once(site: Site, folder: Pa
     assert seen(folder).items() >= {sif.name: state[sif.name]}.items()
 
 
+@pytest.mark.soak
 def test_R36_provisioning_of_an_image_prints_no_secret(site: Site, folder: Path) -> None:
     """Neither when it works nor when it fails, however much is asked to be printed."""
     signing = {"images_sign_key": "the-private-key"}
@@ -283,6 +284,7 @@ def refused_by_lock(site: Site, folder: Path, image: dict[str, str]) -> str:
     return done.stderr
 
 
+@pytest.mark.soak
 def test_earlier_pin_comes_back_without_a_pull(site: Site, folder: Path) -> None:
     """Its file is still there; were its bytes others now, it would be pulled again."""
     first, second = pushed(site, "one"), pushed(site, "two")
@@ -301,6 +303,7 @@ def test_earlier_pin_comes_back_without_a_pull(site: Site, folder: Path) -> None
     assert hello(site, folder) == "one"
 
 
+@pytest.mark.soak
 def test_cleaning_spares_what_is_current_in_use_and_recent(site: Site, folder: Path) -> None:
     """By the time of publishing; files that are none of ours stay too, as do other names'."""
     words = ("one", "two", "three", "four", "five")
@@ -333,6 +336,7 @@ def test_fleet_that_can_not_say_what_it_needs_keeps_everything(site: Site, folde
     assert seen(folder) == before
 
 
+@pytest.mark.soak
 def test_definition_is_built_by_a_user_without_root(site: Site, folder: Path) -> None:
     """From a pinned base; another text of it is another image."""
     base = pushed(site, "base")["source"].removeprefix("docker://")
@@ -370,6 +374,7 @@ def test_playbook_needs_no_root(site: Site, folder: Path) -> None:
     assert "Nothing is removed: /nowhere" in again.stdout
 
 
+@pytest.mark.soak
 def test_image_is_signed_and_verified_before_it_is_published(site: Site, folder: Path) -> None:
     """With a key that it is not signed for there is no new image."""
     mine, other = (_keys(site) for _ in range(2))

@@ -5,10 +5,12 @@ The tests build on each other in their order: the fleet is provisioned once.
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
 
+from tests.e2e.checks import lost, mixed, under
 from tests.lab.site import GroupSite
 from tests.lab.wait import wait_for
 
@@ -88,6 +90,7 @@ def test_scrontab_runs_the_reconciler_as_a_job(site: GroupSite) -> None:
     wait_for("a cycle", lambda: cycled in mine(site, log, "gpu1", check=False), timeout_s=MINUTE_S)
     site.play("controller.yml", variables={"controller_runs": "not at all"}).worked()
     assert mine(site, "scrontab -l").splitlines()[-1] == "8 8 * * * true"
+    site.reconciler_on("login")
     assert completes(site)
 
 
@@ -100,3 +103,59 @@ def test_a_newer_base_configuration_is_read(site: GroupSite) -> None:
     assert "TASK [gateway : Have NGINX read it]" in play.said
     assert mine(site, pid) == before
     assert completes(site)
+
+
+@pytest.fixture(scope="module")
+def image(site: GroupSite) -> dict[str, Any]:
+    """The variables with which NGINX is an image's."""
+    return site.nginx_image()
+
+
+def test_an_upgrade_goes_over_to_the_nginx_of_an_image(
+    site: GroupSite, image: dict[str, Any]
+) -> None:
+    """What is under way is finished; only who comes while neither listens is refused."""
+    own = "cat {0}/gateway/nginx.pid; readlink /proc/$(cat {0}/gateway/nginx.pid)/ns/mnt"
+    before = mine(site, own.format(site.LOCAL)).splitlines()
+    url = f"http://{site.lab.address('login')}:18080"
+
+    def upgrade() -> None:
+        site.play("images.yml", variables=image).worked()
+        site.play("upgrade.yml", variables=image).worked()
+
+    requests = under(mixed(url, streams=3, tokens=50), upgrade)
+    assert len(requests) > len(lost(requests))
+    assert {request.status for request in requests if not request.succeeded} <= {0}
+    assert not [request for request in requests if request.chunks and not request.done]
+    after = mine(site, own.format(site.LOCAL)).splitlines()
+    assert [one == other for one, other in zip(before, after, strict=True)] == [False, False]
+    assert mine(site, f"test ! -e /proc/{before[0]} && echo ended") == "ended"
+    assert set(site.play("site.yml", variables=image).worked().changed.values()) == {0}
+
+
+def test_cron_starts_the_nginx_of_an_image_again(site: GroupSite, image: dict[str, Any]) -> None:
+    """Whoever ended it."""
+    assert image["gateway_image"]
+    mine(site, "kill -KILL $(pgrep nginx)")
+    wait_for("NGINX", lambda: completes(site), timeout_s=MINUTE_S)
+
+
+def test_a_removal_drains_and_leaves_what_the_group_had(
+    site: GroupSite, image: dict[str, Any]
+) -> None:
+    """No job, process or line in a table; spec, secrets and logs stay. A second run is nothing."""
+    wrong = site.play("remove.yml", variables={**image, "remove_fleet": "another"})
+    assert "The fleet here is demo, not another: nothing is removed" in wrong.said
+    assert completes(site)
+    variables = {**image, "remove_fleet": "demo"}
+    site.play("remove.yml", variables=variables).worked()
+    # What stands in Slurm's own table is a job, too.
+    assert set(mine(site, "squeue --noheader --format=%j").split()) <= {"true"}
+    assert mine(site, "pgrep -u $(id -u) nginx", check=False) == ""
+    assert mine(site, "crontab -l").splitlines()[-1] == "7 7 * * * true"
+    assert mine(site, f"ls {site.FOLDER}").split() == [
+        *("bin", "images", "libexec", "logs", "models", "secrets", "specs")
+    ]
+    assert mine(site, f"find {site.FOLDER}/bin {site.FOLDER}/libexec -type f") == ""
+    assert mine(site, f"ls {site.LOCAL}").split() == ["gateway", "state"]
+    assert set(site.play("remove.yml", variables=variables).worked().changed.values()) == {0}

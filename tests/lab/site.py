@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from tests.lab.base import CHECKOUT, FILES, Say, base, cache
+from tests.lab.base import CHECKOUT, FILES, Say, base, cache, in_base
 from tests.lab.lab import Lab
 
 _BIN = CHECKOUT / ".venv/bin"
@@ -143,6 +143,7 @@ class GroupSite(Site):
         return super()._incoming() | {
             "fleet_folder": self.FOLDER,
             "fleet_local": self.LOCAL,
+            "gateway_image": "",
             "gateway_nginx": f"/home/{self.USER}/nginx",
             "apptainer_minimum_version": "1.4.5",
             "controller_pip_arguments": ["--no-index", "--find-links", "/srv/wheels"],
@@ -150,11 +151,22 @@ class GroupSite(Site):
             "smoke_timeout_s": 300,
         }
 
+    def nginx_image(self) -> dict[str, Any]:
+        """The variables of a gateway whose NGINX is an image's, built of its definition."""
+        folder = self.lab.shared / "incoming"
+        build = ["sh", "/mnt/files/nginx-sif.sh", "/mnt/images/nginx.def", "/mnt/out/nginx.sif"]
+        debs = cache() / "debs-trixie"
+        binds = {FILES: "/mnt/files", CHECKOUT / "images": "/mnt/images", folder: "/mnt/out"}
+        in_base(build, binds={**binds, debs: "/var/cache/apt/archives"}, timeout=600)
+        image = {"name": "nginx", "file": "/shared/incoming/nginx.sif"}
+        image["sha256"] = _sha256(folder / "nginx.sif")
+        return {"images_list": [image], "gateway_image": f"{self.FOLDER}/images/nginx.json"}
+
     def reconciler_on(self, node: str) -> None:
         """Let a node's reconciler come to the gateway: by a key and a name, as a user would."""
         make = f"install -d -o {self.USER} -g {self.USER} {self.LOCAL} {self.LOCAL}/state"
         self.lab.run(node, ["sh", "-ec", make], user="root")
-        key = "cd; mkdir -m 0700 .ssh; ssh-keygen -q -t ed25519 -N '' -f .ssh/id_ed25519;"
+        key = "cd; mkdir -p -m 0700 .ssh; ssh-keygen -q -t ed25519 -N '' -f .ssh/id_ed25519;"
         show = f"{key} cat > .ssh/known_hosts; cat .ssh/id_ed25519.pub"
         known = (self.lab.state / "ssh_known_hosts").read_text()
         public = self.lab.run(node, ["sh", "-ec", show], user=self.USER, input=known).stdout

@@ -5,6 +5,9 @@
 set -eu
 user=$1 folder=$2
 apt-get install -qq -y apptainer squashfuse cron curl git logrotate python3-venv > /dev/null
+# As base.sh does, for machines that lack CAP_SYS_RESOURCE or can't mount devpts in a user namespace.
+sed -i -e 's/^root default capabilities = .*/root default capabilities = no/' \
+    -e 's/^mount devpts = .*/mount devpts = no/' /etc/apptainer/apptainer.conf
 install -d -o "$user" -g "$user" "$folder"
 runuser -u "$user" -- sh -eu <<'UNPACK'
 cd

@@ -1,12 +1,13 @@
 #!/bin/sh
-# drain.sh USER SPEC TIMEOUT: apply the spec with no replica of any model, and wait until none is left.
+# drain.sh USER HOME FLEET SPEC TIMEOUT: apply the spec with no replica of any model, and wait until none
+# is left. FLEET is the command, of the environment in HOME; without a USER we are the account.
 set -eu
-user=$1 spec=$2 timeout=$3
-python=$(readlink -f /opt/modelfleet/current)/venv/bin/python
+user=$1 home=$2 fleet=$3 spec=$4 timeout=$5
+python=$(readlink -f "$home/current")/venv/bin/python
 empty=$(mktemp -d)
 trap 'rm -rf "$empty"' EXIT
 cp -RL "$spec/." "$empty/"
-chown -R "$user" "$empty"
+if [ -n "$user" ]; then chown -R "$user" "$empty"; fi
 models=$("$python" - "$empty" <<'PYTHON'
 import pathlib
 import sys
@@ -25,4 +26,6 @@ for path in sorted(pathlib.Path(sys.argv[1]).rglob("*.yaml")):
 PYTHON
 )
 # shellcheck disable=SC2086
-runuser -u "$user" -- fleet apply "$empty" --wait --timeout "$timeout" $models
+set -- "$fleet" apply "$empty" --wait --timeout "$timeout" $models
+if [ -n "$user" ]; then set -- runuser -u "$user" -- "$@"; fi
+"$@"

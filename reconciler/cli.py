@@ -20,9 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from reconciler import __version__
-from reconciler.backend_keys import backend_key
 from reconciler.errors import FleetError, PlanDiffers, SpecError
-from reconciler.tenants import tenant
 from reconciler.terminal import Ending, Progress, ending, record_of
 
 if TYPE_CHECKING:
@@ -68,8 +66,23 @@ _state_dir = click.option(
 )
 
 
-class _OneLineErrors(click.Group):
+class _Fleet(click.Group):
     """Shows a FleetError as its one line (a SpecError as one per mistake), never a traceback."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), "backend-key", "tenant"])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        # Groups of their own modules, which no other command needs.
+        if cmd_name == "backend-key":
+            from reconciler.backend_keys import backend_key
+
+            return backend_key
+        if cmd_name == "tenant":
+            from reconciler.tenants import tenant
+
+            return tenant
+        return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -87,17 +100,13 @@ def _fail(text: str, status: int = 1) -> NoReturn:
     sys.exit(status)
 
 
-@click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Fleet, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="fleet")
 def main() -> None:
     """Keep fleets of language models on Slurm as their specs in git say.
 
     SPEC is a folder that holds fleet.yaml (and models/*.yaml, tenants/*.yaml).
     """
-
-
-main.add_command(backend_key)
-main.add_command(tenant)
 
 
 @main.command()

@@ -295,9 +295,12 @@ def _outgoing_to_leave(case: _Case, current: Sequence[Job], outgoing: Sequence[J
         return idle
 
     def order(job: Job) -> tuple[Any, ...]:
-        # What has just succeeded an expiring one of the fallback must not go in its place.
-        lasting = case.is_fallback(job) and not case.is_expiring(job)
-        return (lasting, *_victim_order(job, seen))
+        # What has just succeeded an expiring one, be it of the fallback or as short of time itself,
+        # must not go in its place.
+        expiring = case.is_expiring(job)
+        lasting = case.is_fallback(job) and not expiring
+        ends = job.ends_at if expiring and job.ends_at is not None else 0.0
+        return (lasting, ends, *_victim_order(job, seen))
 
     return idle + silent + sorted(serving, key=order)[:spare]
 

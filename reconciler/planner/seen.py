@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from reconciler.failures import quarantined
+from reconciler.naming import ReplicaName
 from reconciler.plan import Status
 from reconciler.rollover import MARGIN_S, due, last_moment
 from reconciler.spec import Access, Fleet, Model
@@ -81,8 +82,8 @@ class Seen:
         """Return which live jobs are a model's canary, with what is to succeed them.
 
         What has become the canary by an edit may serve in greater numbers: more than are wanted of
-        it are stale replicas of the model, which leave when others serve in their place. One of
-        which nothing is known holds its place first, as it is never touched.
+        it, and not succeeded by one of these, are stale replicas of the model, which leave when
+        others serve in their place.
         """
         return [
             job
@@ -95,12 +96,22 @@ class Seen:
         # Nor may what succeeds one whose keys differ be taken for a replica too many.
         differing = frozenset(job.key for job in jobs if self.keys_differ(job) is not None)
         expiring = self.due(canary, jobs) | differing
-        best = sorted(
-            jobs, key=lambda job: (not self.is_unknown(job), -progress(job, self), job.name)
-        )
+        best = sorted(jobs, key=self._canary_order)
         lasting = [job for job in best if job.key not in expiring]
         leaving = [job for job in best if job.key in expiring]
-        return lasting[: canary.replicas] + leaving[: canary.replicas]
+        own = lasting[: canary.replicas] + leaving[: canary.replicas]
+        succeeded = {job.comment.succeeds for job in own if job.comment is not None}
+        return own + [job for job in leaving[canary.replicas :] if job.key in succeeded]
+
+    def _canary_order(self, job: Job) -> tuple[bool, int, bool, ReplicaName]:
+        """Sort key, first to hold the canary's place first.
+
+        One of which nothing is known may serve where requests still reach it, and is never
+        touched; where none do, it must not push out what serves.
+        """
+        unknown = self.is_unknown(job)
+        reached = unknown and self._may_be_routed(job)
+        return (not reached, -progress(job, self), not unknown, job.name)
 
     def status(self, job: Job) -> Status:
         return self.statuses[job.key]
@@ -190,9 +201,10 @@ class Seen:
 
     def may_get_requests(self, job: Job) -> bool:
         """Whether it answers, and a gateway routes to it or can't be asked whether it does."""
-        serves = self.status(job) in (Status.READY, Status.SILENT)
-        views = self.observation.gateways
-        return serves and (self.is_routed(job) or any(view.error for view in views))
+        return self.status(job) in (Status.READY, Status.SILENT) and self._may_be_routed(job)
+
+    def _may_be_routed(self, job: Job) -> bool:
+        return self.is_routed(job) or any(view.error for view in self.observation.gateways)
 
     def _aborted(self) -> Iterator[Aborted]:
         """Yield the canaries that are given up: by an earlier word, or by their trial now."""

@@ -25,8 +25,10 @@ def test_demo_shows_the_main_job_and_leaves_nothing() -> None:
 
 def test_demo_interrupted_takes_its_lab_down() -> None:
     """Ctrl-C in the middle: one line, no traceback, and no lab is left."""
+    # Tests that a shell runs in its background ignore the signal, and their children would too.
+    argv = ["env", "--default-signal=INT", *DEMO]
     with subprocess.Popen(
-        DEMO, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        argv, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as demo:
         assert demo.stdout is not None
         for line in demo.stdout:

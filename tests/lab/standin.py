@@ -200,6 +200,8 @@ class Engine:
 
     async def wait(self, seconds: float | None, until: asyncio.Future[None] | None = None) -> None:
         """Wait, for ever if `seconds` is None, unless the engine dies first."""
+        if self.dead:  # while this stream waited for its client
+            raise failed(DEAD)
         until = until or asyncio.get_running_loop().create_future()
         if seconds is not None:
             timer = asyncio.get_running_loop().call_later(max(seconds, 0), finish, until)

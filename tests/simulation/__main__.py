@@ -30,7 +30,6 @@ def main() -> int:
     parser.add_argument("--processes", type=int, help="of the soak (default: one a processor)")
     parser.add_argument("--summary", type=Path, help="write what the soak has shown as Markdown")
     parser.add_argument("--shrink", action="store_true", help="drop events that it fails without")
-    parser.add_argument("--strict", action="store_true", help="excuse none of the known gaps")
     parser.add_argument("-v", "--verbose", action="store_true", help="say what happens")
     options = parser.parse_args()
     if options.soak is not None:
@@ -69,16 +68,16 @@ def _commit() -> str:
 def _one(script: Script | None, options: argparse.Namespace) -> int:
     say = print if options.verbose else None
     if script is None:
-        result = simulate(options.seed, options.cycles, say=say, strict=options.strict)
+        result = simulate(options.seed, options.cycles, say=say)
     else:
-        result = simulate(script.seed, script.cycles, script.events, say=say, strict=options.strict)
+        result = simulate(script.seed, script.cycles, script.events, say=say)
     if result.violation is None:
         print(f"holds; settled {result.settled_after_s:.0f} s after the last fault")
         return 0
     print(result.violation)
     script = script_of(result)
     if options.shrink:
-        script = shrink(script, result.violation.number, strict=options.strict)
+        script = shrink(script, result.violation.number)
     print(f"to see it again: python -m tests.simulation --script FILE, with FILE holding\n{script}")
     return 1
 

@@ -333,6 +333,22 @@ def _secrets_gone(world: SimWorld, _pick: int, amount: int) -> bool:
     return True
 
 
+def _external_key_gone(world: SimWorld, _pick: int, amount: int) -> bool:
+    world.external_key_gone_until = world.timeline.now + 1.0 + amount
+    return True
+
+
+def _logs_gone(world: SimWorld, _pick: int, amount: int) -> bool:
+    world.logs_gone_until = world.timeline.now + 1.0 + amount
+    return True
+
+
+def _tokens_spent(world: SimWorld, _pick: int, amount: int) -> bool:
+    """A tenant has spent its tokens; it is midnight soon, or it is given more."""
+    world.spent_until = world.timeline.now + 1.0 + 2 * amount
+    return True
+
+
 # -- people
 
 
@@ -423,6 +439,10 @@ def _promote(wanted: Wanted, _amount: int) -> None:
         wanted.version, wanted.canary = wanted.version + CANARY, False
 
 
+def _fallback(wanted: Wanted, _amount: int) -> None:
+    wanted.fallback = not wanted.fallback
+
+
 def _gpus(wanted: Wanted, amount: int) -> None:
     wanted.gpus = 1 + amount % 2
 
@@ -485,6 +505,9 @@ STRIKES: dict[str, World] = {
     "image_missing": _image_missing,
     "image_rebuilt": _image_rebuilt,
     "secrets_gone": _secrets_gone,
+    "external_key_gone": _external_key_gone,
+    "logs_gone": _logs_gone,
+    "tokens_spent": _tokens_spent,
 }
 EDITS: dict[str, Edit] = {
     "edit_replicas": _edit(_replicas),
@@ -496,6 +519,7 @@ EDITS: dict[str, Edit] = {
     "edit_pause": _edit(_pause),
     "edit_canary": _edit(_canary),
     "edit_promote": _edit(_promote),
+    "edit_fallback": _edit(_fallback),
     "edit_gpus": _edit(_gpus),
     "edit_adds_model": _model_added,
     "edit_removes_model": _model_removed,

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from reconciler.errors import GatewayFailed
-from reconciler.routes import KEY_FILE, GatewayFiles, parse_targets
+from reconciler.routes import KEY_FILE, GatewayFiles, parse_exhausted, parse_targets
 from reconciler.state import GatewayView, JobKey, Target
 from tests.simulation.timeline import Timeline
 
@@ -21,6 +21,7 @@ class Configuration:
     generation: str
     targets: tuple[Target, ...]
     key: str | None = None  # that it shows to protected replicas
+    exhausted: tuple[str, ...] = ()  # tenants that it refuses
 
 
 @dataclass(slots=True)
@@ -58,6 +59,7 @@ class SimGateway:
             generation=self.running.generation if self.linked == self.running else None,
             targets=self.running.targets,
             old_workers=workers,
+            exhausted=self.running.exhausted,
         )
 
     def routes(self) -> Iterator[Target]:
@@ -77,7 +79,8 @@ class SimGateway:
         trust = json.loads(text)["trust"]
         if trust is not None and f"secret of {trust['key']}" not in files.secrets[KEY_FILE]:
             raise GatewayFailed(f"gateway {self.name}: nginx: no such file {KEY_FILE}")
-        self.linked = Configuration(generation, targets, trust and trust["key"])
+        key = trust and trust["key"]
+        self.linked = Configuration(generation, targets, key, parse_exhausted(text))
         return before
 
     def reload(self, *, uploads_s: float, streams_s: float) -> None:

@@ -4,7 +4,6 @@ The checks know the truth of the simulated world, and of the reconciler only its
 does to that world. Where the truth could not be known to it, the check says so.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from reconciler.naming import parse_comment, parse_name
@@ -22,12 +21,6 @@ _YOUNG_S = 60.0
 # A cycle's time is the one that it began at.
 _SLACK_S = 5.0
 
-# What the reconciler can't do yet. Each excuses one sort of violation and goes with the change
-# that mends it; `python -m tests.simulation SEED --strict` excuses nothing.
-KNOWN_GAPS = {
-    "stale memory": "a process killed while the disk is full leaves an old memory to the next one",
-}
-
 
 class Violation(AssertionError):
     """An invariant does not hold. Number 0 is liveness: the fleet does not settle, or not stay."""
@@ -44,14 +37,12 @@ class Violation(AssertionError):
 class Invariants(Watch):
     """Watches one world. Raises Violation, and keeps the first one in case it gets caught."""
 
-    def __init__(self, world: SimWorld, *, strict: bool = False) -> None:
+    def __init__(self, world: SimWorld) -> None:
         self._world = world
-        self._strict = strict
         self._plan: Plan | None = None  # of this cycle, once it is made
         self._submitted_gpus = 0  # of this cycle
         self._submitted: set[str] = set()
         self._proven: set[tuple[JobKey, str]] = set()  # has answered a completion at that address
-        self.excuses: Counter[str] = Counter()  # how often what would have failed was let pass
         self.violation: Violation | None = None
 
     # -- at every instant
@@ -108,7 +99,7 @@ class Invariants(Watch):
             self._fail(2, f"{job.name} is submitted twice in one cycle")
         self._submitted.add(job.name)
         if not self._world.cycle.believable:
-            return  # excused above: what it can't know it can't count
+            return  # what it can't know it can't count
         self._within_budget(job)
         self._not_too_many(job, name.model)
 
@@ -229,10 +220,6 @@ class Invariants(Watch):
             return
         ongoing = engine.ongoing(world.timeline.now)
         if not ongoing and not self._routed(job):
-            return
-        # Its drain may have begun at another gateway long before.
-        since = self._left_at(job) - 2 * job.drain_timeout_s
-        if world.memory_aged_at > since and self.excused("stale memory"):
             return
         self._fail(7, f"{job.name} is cancelled with {ongoing} requests in flight")
 
@@ -398,13 +385,6 @@ class Invariants(Watch):
     def _not_foreign(self, job: SimJob) -> None:
         if not job.ours:
             self._fail(4, f"job {job.id} ({job.name} of {job.user}) is not ours")
-
-    def excused(self, gap: str) -> bool:
-        """Whether what a known gap makes of it is let pass. Asked only where it would fail."""
-        if gap not in KNOWN_GAPS or self._strict:
-            return False
-        self.excuses[gap] += 1
-        return True
 
     def _fail(self, number: int, text: str) -> None:
         violation = Violation(number, text)

@@ -44,11 +44,11 @@ def script_of(result: Result) -> Script:
     return Script(result.seed, cycles, events)
 
 
-def shrink(script: Script, number: int, *, strict: bool = False) -> Script:
+def shrink(script: Script, number: int) -> Script:
     """Return the script without the events that its violation does not need."""
 
     def fails(events: Sequence[Event]) -> bool:
-        result = simulate(script.seed, script.cycles, events, strict=strict)
+        result = simulate(script.seed, script.cycles, events)
         return result.violation is not None and result.violation.number == number
 
     events = list(script.events)

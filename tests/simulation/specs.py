@@ -14,6 +14,9 @@ CANARY = 1_000_000
 WORSE = 30
 SHARES = (None, 20, WORSE)
 NAMES = ("alpha", "beta", "gamma", "delta")
+# What the one tenant may spend a day.
+ALLOWANCE = 1000
+_FALLBACK = {"url": "https://models.example.org/v1", "model": "big", "key_file": "/etc/fleet/key"}
 BAD = ("crash", "oom", "hang", "sick", "arguments", "weights", "image", "rejected")
 
 
@@ -30,6 +33,7 @@ class Wanted:
     paused: bool = False
     canary: bool = False
     share: int | None = None
+    fallback: bool = False
 
     @property
     def most(self) -> int:
@@ -79,7 +83,11 @@ class Spec:
             "images": {
                 name: {"runtime": "none", "path": f"/opt/{name}"} for name in ("one", "two")
             },
-            "gateway": {"hosts": [{"name": f"gateway{at}"} for at in range(1, self.gateways + 1)]},
+            "gateway": {
+                "hosts": [{"name": f"gateway{at}"} for at in range(1, self.gateways + 1)],
+                "external": {"resolvers": ["10.0.0.53"]},
+            },
+            "tenants": [{"name": "team", "key_sha256": ["0" * 64], "tokens_per_day": ALLOWANCE}],
             "defaults": {
                 "startup_timeout_s": 90,
                 "drain_timeout_s": 120,
@@ -101,6 +109,7 @@ def _model(name: str, wanted: Wanted) -> dict[str, Any]:
         "replicas": wanted.replicas,
         "suspend": wanted.suspend,
         "canary": _canary(wanted) if wanted.canary else None,
+        "fallback": _FALLBACK if wanted.fallback else None,
     }
 
 

@@ -43,7 +43,7 @@ from reconciler.usage import Tallies
 from tests.simulation.cluster import USER, Cluster, Engine, SimJob
 from tests.simulation.gateways import Configuration, SimGateway
 from tests.simulation.secrets import MemorySecrets
-from tests.simulation.specs import WORSE
+from tests.simulation.specs import ALLOWANCE, WORSE
 from tests.simulation.timeline import START, Timeline
 
 # munge's credentials are refused if they seem older, or newer, than that: seen on 24.11.
@@ -122,9 +122,11 @@ class SimWorld:
         self.disk_full_until = 0.0
         self.secrets = MemorySecrets()
         self.secrets_gone_until = 0.0
+        self.external_key_gone_until = 0.0
+        self.spent_until = 0.0  # the tenant's tokens of the day
+        self.logs_gone_until = 0.0
         self.memory = Memory()  # as the disk has it
         self.unsaved: Memory | None = None  # as the reconciler's process has it, if that differs
-        self.memory_aged_at = 0.0  # when a process ended with what it could not save
         self.submitted: SimJob | None = None
 
     @property
@@ -177,7 +179,7 @@ class SimWorld:
     def _kill(self, where: str) -> None:
         self.boundaries[where] += 1
         if self.unsaved is not None:
-            self.unsaved, self.memory_aged_at = None, self.timeline.now
+            self.unsaved = None
             for job in self.cluster.jobs.values():
                 job.remembered = job.saved
         raise Killed(where)
@@ -444,8 +446,10 @@ class SimGateways:
                 raise GatewayFailed(f"gateway {name}: no answer in 30 s")
 
     def log(self, name: str, position: str) -> LogPart:
-        """Nothing: what is counted decides nothing that the simulator judges."""
+        """Nothing: what it would tell of is said by SimStore.usage."""
         assert name in self.world.gateways
+        if self.world.timeline.now < self.world.logs_gone_until:
+            raise GatewayFailed(f"gateway {name}: access.log: Permission denied")
         return LogPart(lines=b"", position=position, ended=True)
 
     def _reload(self, gateway: SimGateway) -> None:
@@ -504,10 +508,18 @@ class SimSecrets:
         return self._secrets.issue(model, walltime_s)
 
     def external_keys(self, files: Iterable[str]) -> tuple[Mapping[str, str], Mapping[str, str]]:
+        if self._external_key_gone:
+            return {}, {file: f"{file}: No such file or directory" for file in files}
         return self.world.secrets.external_keys(files)
 
     def gateway_files(self, trust: Trust | None, external: Mapping[str, str]) -> Mapping[str, str]:
+        if external and self._external_key_gone:
+            raise SecretsFailed(f"{min(external.values())}: No such file or directory")
         return self._secrets.gateway_files(trust, external)
+
+    @property
+    def _external_key_gone(self) -> bool:
+        return self.world.timeline.now < self.world.external_key_gone_until
 
     @property
     def _secrets(self) -> MemorySecrets:
@@ -578,7 +590,8 @@ class SimStore:
     def usage(self, at: float, gateways: frozenset[str]) -> tuple[Usage, None, Mapping[str, Trial]]:
         assert at > 0
         assert gateways
-        return Usage(tokens_today={}, complete=True), None, dict(self._trials())
+        tokens = ALLOWANCE * (self.world.timeline.now < self.world.spent_until)
+        return Usage(tokens_today={"team": tokens}, complete=True), None, dict(self._trials())
 
     def _trials(self) -> Iterator[tuple[str, Trial]]:
         """Yield what the log tells of each canary that gets requests."""

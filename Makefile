@@ -26,14 +26,16 @@ test: packages ## run all tests: unit, contract on real Slurm, end to end, real 
 	$(PYTEST) -k $(ALONE)
 
 soak: packages ## run what takes long: many kills, reloads, requests, seeds
-	SOAK=1 $(PYTEST) $(PARALLEL) -k 'not $(ALONE)' tests/e2e tests/gateway/test_tls.py tests/mutations
+	SOAK=1 $(PYTEST) $(PARALLEL) -k 'not $(ALONE)' \
+		tests/contract tests/e2e tests/gateway/test_tls.py tests/mutations tests/provisioning
 	.venv/bin/python -m tests.simulation --soak 5000
 
-bench: packages ## print how fast plan(), the command line, a cycle of 1,000 jobs and the gateway are, as ratios
+bench: packages ## print how fast plan(), the command line, a cycle of 1,000 jobs, the gateway and a run of site.yml are, as ratios
 	.venv/bin/python -m bench.plan
 	.venv/bin/python -m bench.cli
 	.venv/bin/python -m bench.cycle
 	.venv/bin/python -m bench.gateway
+	.venv/bin/python -m bench.site
 
 lint: packages ## check style, types, layers, shell scripts and playbooks
 	.venv/bin/ruff check .
@@ -41,6 +43,9 @@ lint: packages ## check style, types, layers, shell scripts and playbooks
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 	shellcheck $$(git ls-files '*.sh') .ci/run
+	.venv/bin/yamllint --strict .
+	for site in example user lab; do \
+		.venv/bin/ansible-playbook --syntax-check --inventory inventory/$$site $(wildcard playbooks/*.yml) || exit; done
 	.venv/bin/ansible-lint --offline -q
 
 venv: $(VENV)/complete ## make the development environment

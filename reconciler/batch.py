@@ -49,6 +49,7 @@ def batch_script(recipe: Recipe, submit: Submit, credentials: Credentials | None
             # Without its closing brace: the job adds what it says of itself.
             f"comment_base={shlex.quote(comment.removesuffix('}'))}",
             f"program={shlex.quote(program)}",
+            f"image_cache={shlex.quote(_image_cache(fleet, image))}",
             f"weights={shlex.quote(model.weights)}",
             f"node_count={model.resources.nodes}",
             f"drain_timeout_s={fleet.drain_timeout_s(model)}",
@@ -127,6 +128,10 @@ def _launch(image: Image, model: Model, program: str) -> list[str]:
         *("--bind", f"{model.weights}:{_WEIGHTS_INSIDE}:ro"),
         *("--workdir", "@SCRATCH@", program, "vllm"),
     ]
+
+
+def _image_cache(fleet: Fleet, image: Image) -> str:
+    return fleet.image_cache or "" if image.runtime == "apptainer" else ""
 
 
 def _arguments(fleet: Fleet, model: Model) -> list[str]:

@@ -473,6 +473,30 @@ def render(spec: Path, model: str) -> None:
 
 
 @main.command()
+@_spec
+@_as_json
+@_state_dir
+def images(spec: Path, as_json: bool, state_dir: Path | None) -> None:
+    """Show the images that must stay: the spec, a live job or memory names them.
+
+    If that can't be known of all, nothing is shown and the exit code is 1.
+    """
+    fleet, world = _load(spec, state_dir)
+    from reconciler.adapters.store import SqliteStore
+    from reconciler.in_use import images_in_use
+    from reconciler.render import images_text
+
+    # Memory that is lost names nothing, which is no reason to remove what it named.
+    strict = SqliteStore(_state_folder(fleet, state_dir), _refuse)
+    record = {"images": images_in_use(fleet, replace(world, store=strict))}
+    click.echo(json.dumps(record, indent=2) if as_json else images_text(record))
+
+
+def _refuse(text: str) -> NoReturn:
+    raise FleetError(text)
+
+
+@main.command()
 def schema() -> None:
     """Print the JSON Schema of fleet.yaml, for editors."""
     from reconciler.spec import json_schema

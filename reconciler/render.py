@@ -73,6 +73,12 @@ def events_text(record: Record) -> str:
     return columns([head, *map(_event_row, record["events"])])
 
 
+def images_text(record: Record) -> str:
+    """Return the images that must stay, and who names each."""
+    rows = [(program, ", ".join(who)) for program, who in record["images"].items()]
+    return columns([("IMAGE", "NAMED BY"), *rows])
+
+
 def explanation(plan: Record, events: Sequence[Record], name: str) -> Record | None:
     """Return the part of plan and journal that is about the model or replica `name`.
 

@@ -1,5 +1,5 @@
 # One replica: start the engine, say where it is, drain when told, end as the engine ends.
-# The lines above set: comment_base names program weights launch arguments environment contained
+# The lines above set: comment_base names program image_cache weights launch arguments environment contained
 # node_count drain_timeout_s secrets keys tls_name
 #
 # A replica of several nodes is one engine with a rank on each. The batch script runs rank 0, which
@@ -230,6 +230,33 @@ prepare_node() {
     say "$weights is not on this node: provision the weights"
     exit "$exit_no_weights"
   fi
+  [[ -z $image_cache ]] || use_copy || say "$image_cache can't be used: the image runs from $program"
+}
+
+# Run the image from this node's own disk: the first job that needs it there copies it, and takes away
+# those that no job runs. Where that can't be done, it runs from where it is.
+use_copy() {
+  local copy="$image_cache/${program##*/}" other other_lock word
+  (umask 077 && mkdir -p "$image_cache")
+  # A folder that another user made would let them say what runs here.
+  [[ -O $image_cache && -d $image_cache && ! -L $image_cache ]] || return 1
+  exec {image_lock}>"$copy.lock" && flock "$image_lock" || return 1
+  if ! [[ -e $copy ]]; then
+    for other in "$image_cache"/*.sif; do
+      [[ -e $other ]] || continue
+      # Each job that runs one has it locked.
+      exec {other_lock}>"$other.lock" && flock -n "$other_lock" && rm -f "$other"
+      exec {other_lock}>&-
+    done
+    { cp "$program" "$copy.part" && mv "$copy.part" "$copy"; } || rm -f "$copy.part"
+  fi
+  flock --shared "$image_lock"
+  # Until then it could still be taken away.
+  [[ -e $copy ]] || return 1
+  for word in "${!launch[@]}"; do
+    [[ ${launch[word]} != "$program" ]] || launch[word]=$copy
+  done
+  say "the image runs from $copy"
 }
 
 # Not every site's Slurm finds a process whose parent has gone, so nothing is left for it to find.

@@ -394,6 +394,9 @@ class Fleet(Strict):
     slurm: Slurm
     budget: Budget
     image_dir: AbsolutePath | None = Field(None, description="where the images' manifests are")
+    image_cache: AbsolutePath | None = Field(
+        None, description="a folder of each node's own disk, where jobs keep copies of their images"
+    )
     images: dict[Label, Image]
     gateway: Gateway
     defaults: Defaults = Defaults()

@@ -42,13 +42,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=late)
         items[:] = [item for item in items if item not in late]
     for item in items:
-        # Of these each file has a gateway of its own.
+        # Of these each file has a gateway, or a host, of its own.
         file = item.path.stem
         shared = {
             "contract": "contract",
             "engine": "engine",
             "test_demo": "demo",
+            "test_site": "site",
+            "test_user_site": "user-site",
             "gateway": f"gateway-{file}",
+            "provisioning": f"provisioning-{file}",
         }
         group = shared.get(item.path.parent.name) or shared.get(item.path.stem)
         if group is not None:

@@ -3,8 +3,8 @@
 # shellcheck shell=sh
 set -eu
 folder=$1 status=$2 verb=$3
-# A login by ssh often lacks the folders where nginx and pgrep are.
-PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+# A login by ssh often lacks the folders where nginx and pgrep are. Without root, NGINX is in its own.
+PATH=$folder/bin:$PATH:/usr/local/sbin:/usr/sbin:/sbin
 conf=$folder/current/nginx.conf
 
 # The generation that answers; it names a folder, so anything but a hash counts as no answer.
@@ -53,7 +53,8 @@ change)
     nginx -v 2>&1 | grep -qE '/1\.(1[0-9]|2[0-4])\.|/1\.25\.0'; then
     sed -i -e '/^ *http2 on;$/d' -e 's/^\( *listen .* ssl\);$/\1 http2;/' "$part/fleet.conf"
   fi
-  nginx -t -q -c "$part/nginx.conf"
+  # Its usual log may be root's; without the word the first that it says is a complaint of that.
+  nginx -t -q -e stderr -c "$part/nginx.conf"
   before=$(running)
   previous=$(readlink "$folder/current" || true)
   # A folder of that name holds the same files (its name is their hash), but for a key: old ones are

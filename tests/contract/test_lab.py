@@ -240,6 +240,34 @@ def test_owner_killed_takes_the_lab_along() -> None:
         assert states(again) == {"gpu1": "idle"}
 
 
+def test_a_bare_lab_is_a_site_before_it_is_provisioned() -> None:
+    """Slurm and sshd by systemd, the account where Slurm is, nothing of ours; it leaves nothing."""
+    name = f"bare-{os.getpid()}"
+    with Lab.start(name, nodes=1, bare=True) as lab:
+        for host in lab.hosts:
+            up = ["systemctl", "is-system-running", "--wait"]
+            assert lab.run(host, up, user="root", check=False).stdout.strip() == "running"
+            ours = lab.run(
+                host,
+                [
+                    "find",
+                    "/usr/sbin/nginx",
+                    "/usr/bin/apptainer",
+                    "/usr/local/bin",
+                    "/opt",
+                    "-type",
+                    "f",
+                ],
+                user="root",
+                check=False,
+            )
+            assert ours.stdout == ""
+        job = lab.run("login", ["srun", "id", "-un"]).stdout
+        assert job == "fleet\n"
+        assert lab.run("gateway", ["id", "fleet"], user="root", check=False).returncode != 0
+    assert not list(Path("/sys/fs/cgroup").glob(f"**/modelfleet-lab-{name}"))
+
+
 def namespaces_of(lab: Lab) -> set[str]:
     """The lab's own namespaces, its hosts' among them (``net:[4026532000]``), and its link."""
     record = json.loads((lab.state / "lab.json").read_text())

@@ -32,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--nodes", type=int, default=4)
     up.add_argument("--gateways", type=int, default=1)
     up.add_argument("--release", default="trixie", choices=["bookworm", "trixie", "sid"])
+    up.add_argument("--bare", action="store_true", help="a site before it is provisioned")
     up.add_argument("--foreground", action="store_true", help="it ends with this command")
     command("down", _down, "stop a lab and leave nothing behind")
     command("status", _status, "the running labs, their hosts and their Slurm nodes")
@@ -60,6 +61,7 @@ def _up(args: argparse.Namespace) -> None:
         nodes=args.nodes,
         gateways=args.gateways,
         release=args.release,
+        bare=args.bare,
         detached=not args.foreground,
     )
     print(f"ssh -F {lab.state}/ssh_config login    # or {', '.join(lab.hosts[1:])}")

@@ -29,18 +29,22 @@ def cache() -> Path:
     return folder
 
 
-def base(release: str = "trixie", say: Say = print) -> Path:
+def base(release: str = "trixie", say: Say = print, *, bare: bool = False) -> Path:
     """The root folder for this release and recipe; built if it is missing or was left half-built.
 
+    `bare` is a site's host before it is provisioned: Slurm and sshd, and nothing of ours.
     Two builders of one release take turns; the second finds the first one's work.
     """
-    folder = cache() / f"base-{release}-{_key()}"
-    with locked(cache() / f"base-{release}.lock", say):
+    kind = f"bare-{release}" if bare else release
+    folder = cache() / f"base-{kind}-{_key(bare)}"
+    with locked(cache() / f"base-{kind}.lock", say):
         if not (folder / "complete").exists():
             part = folder.with_suffix(".part")
             for stale in (part, folder):
                 shutil.rmtree(stale, ignore_errors=True)
-            _build(release, part / "root", say)
+            log = cache() / f"base-{kind}.log"
+            log.unlink(missing_ok=True)
+            _build(release, part / "root", log, say, bare)
             (part / "complete").touch()
             part.rename(folder)
             say(f"base: ready in {folder}")
@@ -120,20 +124,18 @@ def _sweep() -> None:
             shutil.rmtree(copy, ignore_errors=True)
 
 
-def _key() -> str:
+def _key(bare: bool) -> str:
     """What defines a base: its recipe and the Python packages."""
     digest = hashlib.sha256()
-    for path in (FILES / "base.sh", FILES / "venv.sh", LOCK):
+    for path in (FILES / "bare.sh",) if bare else (FILES / "base.sh", FILES / "venv.sh", LOCK):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 
-def _build(release: str, root: Path, say: Say) -> None:
+def _build(release: str, root: Path, log: Path, say: Say, bare: bool) -> None:
     debs, wheels = cache() / f"debs-{release}", cache() / "wheels"
     for folder in (debs, wheels, root):
         folder.mkdir(parents=True, exist_ok=True)
-    log = cache() / f"base-{release}.log"
-    log.unlink(missing_ok=True)
 
     def inside(what: str, argv: Sequence[str], binds: Mapping[Path, str]) -> None:
         run_aloud(what, enter(root, argv, binds=binds, cwd="/"), log, say)
@@ -146,6 +148,10 @@ def _build(release: str, root: Path, say: Say) -> None:
         say,
     )
     packages = {debs: "/var/cache/apt/archives", FILES: "/mnt/files"}
+    if bare:
+        inside("Debian packages", ["sh", "/mnt/files/bare.sh"], packages)
+        inside("cleaning up", ["sh", "-c", "rm -rf /mnt/*"], {})
+        return
     inside("Debian packages", ["sh", "/mnt/files/base.sh"], packages)
     run_aloud("Python wheels", download(LOCK, python_of(root), wheels), log, say)
     python = {wheels: "/mnt/wheels", LOCK: "/mnt/requirements.lock", FILES: "/mnt/files"}

@@ -23,8 +23,13 @@ def write_files(
     gateways: tuple[str, ...],
     nodes: tuple[str, ...],
     release: str,
+    *,
+    bare: bool = False,
 ) -> None:
-    """Write ``files/all`` and, for the hosts that differ, ``files/<host>``."""
+    """Write ``files/all`` and, for the hosts that differ, ``files/<host>``.
+
+    Hosts of a bare lab get what a site has before it is provisioned.
+    """
     every = state / "files/all"
     put(every / "etc/hosts", hosts_file(addresses))
     put(every / "etc/resolv.conf", "")
@@ -34,9 +39,11 @@ def write_files(
     put(every / "etc/slurm/cgroup.conf", f"CgroupPlugin={plugin}\n")
     put(every / "etc/slurm/gres.conf", GRES)
     put(every / "etc/munge/munge.key", secrets.token_hex(64), mode=0o400)
-    put(every / "usr/local/sbin/lab-daemon", (FILES / "daemon.sh").read_text(), mode=0o755)
     put(every / "etc/ssh/sshd_config.d/lab.conf", SSHD)
-    _ssh(state, addresses, gateways)
+    _ssh(state, addresses, () if bare else gateways)
+    if bare:
+        return
+    put(every / "usr/local/sbin/lab-daemon", (FILES / "daemon.sh").read_text(), mode=0o755)
     for gateway in gateways:
         gateway_folder(state / "files" / gateway / GATEWAY)
 
@@ -62,17 +69,18 @@ def put(path: Path, text: str, *, mode: int = 0o644) -> None:
 
 
 def _ssh(state: Path, addresses: Mapping[str, str], gateways: tuple[str, ...]) -> None:
-    """Three keys: the hosts' own, the real machine's root to all, and fleet's to the gateways."""
+    """Three keys: the hosts' own, the real machine's root to all, and fleet's to `gateways`."""
     every = state / "files/all"
     host_key = _keygen(every / "etc/ssh/ssh_host_ed25519_key")
     root_key = _keygen(state / "ssh_key")
-    fleet_key = _keygen(state / "files/login/home/fleet/.ssh/id_ed25519")
     known = f"{','.join([*addresses, *addresses.values()])} {host_key}\n"
-    put(every / "etc/ssh/ssh_known_hosts", known)
     put(state / "ssh_known_hosts", known)
-    put(every / "root/.ssh/authorized_keys", f"{root_key}\n")
+    if gateways:
+        put(every / "etc/ssh/ssh_known_hosts", known)
+        fleet_key = _keygen(state / "files/login/home/fleet/.ssh/id_ed25519")
     for gateway in gateways:
         put(state / "files" / gateway / "home/fleet/.ssh/authorized_keys", f"{fleet_key}\n")
+    put(every / "root/.ssh/authorized_keys", f"{root_key}\n")
     for folder in (every / "root/.ssh", every / "root"):
         folder.chmod(0o700)
     put(state / "ssh_config", _ssh_config(state, addresses))

@@ -1,5 +1,6 @@
 """The lab itself: start, stop, commands on its hosts, and the faults that tests need."""
 
+import contextlib
 import dataclasses
 import http.client
 import json
@@ -7,6 +8,7 @@ import os
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -70,24 +72,27 @@ class Lab:
         release: str = "trixie",
         detached: bool = False,
         binds: Mapping[Path, str] | None = None,
+        bare: bool = False,
         say: Say = print,
     ) -> "Lab":
         """Start a lab and return when its nodes are idle and its gateways answer.
 
-        ``binds`` maps real folders or files to paths that every host sees read-only. What a
+        ``binds`` maps real folders or files to paths that every host sees read-only. A bare lab is
+        a site before it is provisioned, with systemd on every host and nothing of ours. What a
         crashed lab left behind is removed; a running lab of this name is a LabError.
         """
         began = time.monotonic()
-        root = base(release, say)
-        _compile(release)
+        root = base(release, say, bare=bare)
+        if not bare:
+            _compile(release)
         RUN.mkdir(mode=0o755, parents=True, exist_ok=True)
         with locked(RUN / ".lock", say):
             _sweep()
             if (RUN / name).exists():
                 raise LabError(f"lab {name} is already running: stop it, or use another name")
-            lab = cls._outermost(name, root, nodes, gateways, detached, binds or {})
+            lab = cls._outermost(name, root, nodes, gateways, detached, binds or {}, bare)
         try:
-            lab._boot(release, say)
+            lab._boot(release, say, bare)
         except BaseException:
             lab.stop()
             raise
@@ -279,6 +284,7 @@ class Lab:
         gateways: int,
         detached: bool,
         binds: Mapping[Path, str],
+        bare: bool,
     ) -> "Lab":
         """The outer namespaces, their link to the real machine, and the record of both."""
         state, shared = RUN / name, _shared(name)
@@ -292,7 +298,7 @@ class Lab:
             folder.chmod(0o755)
         mounts = [
             f"{shared}:/shared:rw",
-            f"{readable_checkout(state)}:/opt/modelfleet/src:ro",
+            *([] if bare else [f"{readable_checkout(state)}:/opt/modelfleet/src:ro"]),
             *(f"{source}:{target}:ro" for source, target in binds.items()),
         ]
         outer = _hold(state, detached)
@@ -316,20 +322,27 @@ class Lab:
             raise
         return cls(name, record, outer)
 
-    def _boot(self, release: str, say: Say) -> None:
+    def _boot(self, release: str, say: Say, bare: bool) -> None:
         addresses = _addresses(self.number, self.gateways, self.nodes)
-        write_files(self.state, addresses, self.gateways, self.nodes, release)
+        write_files(self.state, addresses, self.gateways, self.nodes, release, bare=bare)
         with ThreadPoolExecutor(len(self.hosts)) as pool:
             list(pool.map(self.power_on, self.hosts))
         wait_for(f"nodes {','.join(self.nodes)} to be idle", self._all_idle, say=say)
         for gateway in self.gateways:
-            answers = partial(self._gateway_answers, gateway)
+            answers = partial(self._accepts_ssh if bare else self._gateway_answers, gateway)
             wait_for(f"the answer of {gateway}", answers, say=say)
 
     def _all_idle(self) -> bool:
         sinfo = ["sinfo", "--noheader", "--Node", "--partition=gpu", "--format=%T"]
         states = self.run("login", sinfo, check=False).stdout.split()
         return states == ["idle"] * len(self.nodes)
+
+    def _accepts_ssh(self, host: str) -> bool:
+        try:
+            socket.create_connection((self.address(host), 22), timeout=2).close()
+        except OSError:
+            return False
+        return True
 
     def _gateway_answers(self, host: str) -> bool:
         # Not urllib, which would ask a proxy that the caller's environment names.
@@ -479,6 +492,18 @@ def _sweep() -> None:
         _remove(name)
 
 
+def _control_groups(name: str) -> list[Path]:
+    """What systemd on the hosts of a bare lab has made (power-on.sh)."""
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    roots = [Path(mount[1]) for mount in mounts if mount[2] == "cgroup2"]
+    return [root / f"modelfleet-lab-{name}" for root in roots]
+
+
 def _remove(name: str) -> None:
+    for groups in _control_groups(name):
+        # Deepest first, as none that holds another can go.
+        for folder, _, _ in os.walk(groups, topdown=False):
+            with contextlib.suppress(OSError):
+                Path(folder).rmdir()
     shutil.rmtree(RUN / name, ignore_errors=True)
     shutil.rmtree(_shared(name), ignore_errors=True)

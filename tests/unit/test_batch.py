@@ -3,7 +3,9 @@
 The scripts are not only read: bash runs their first half, and the arrays are compared.
 """
 
+import fcntl
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -70,6 +72,7 @@ def run_head(text: str) -> dict[str, list[str]]:
 
 VARIABLES = (
     *("comment_base", "names", "launch", "arguments", "environment", "contained", "node_count"),
+    "image_cache",
 )
 
 
@@ -104,6 +107,7 @@ GOLDEN = """\
 comment_base='{"v":1,"fleet":"demo","model":"tiny","revision":"0123abcd",\
 "commit":"0123456789ab","gpus":1,"keys":["aaaaaaaa","bbbbbbbb"]'
 program=/images/vllm.sif
+image_cache=''
 weights=/models/tiny
 node_count=1
 drain_timeout_s=60
@@ -206,6 +210,8 @@ def test_R37_path_with_special_characters_is_one_word(path: str) -> None:
     contained = run_head(script(program=f"{path}/x.sif", top=SIF, weights=path))
     assert contained["launch"][-2:] == [f"{path}/x.sif", "vllm"]
     assert f"{path}:/models:ro" in contained["launch"]
+    cached = run_head(script(program=f"{path}/x.sif", top={**SIF, "image_cache": path}))
+    assert cached["image_cache"] == [path]
 
 
 def test_R37_no_string_of_a_spec_reaches_sbatch() -> None:
@@ -367,3 +373,51 @@ def test_comment_that_the_job_completes_is_ours() -> None:
     assert (comment.gpus, comment.run.node, comment.run.restarts) == (1, "node1", 2)
     assert (comment.run.address, comment.run.ready_at) == ("10.0.0.1:20000", None)
     assert (comment.run.trap_ready, comment.run.draining) == (True, False)
+
+
+CACHE = """set -u
+say() { :; }
+{function}
+image_cache=$1 program=$2 launch=(apptainer "$2" vllm)
+use_copy
+printf '%s\n' "${launch[@]}"
+"""
+
+
+def launched(cache: Path, program: Path) -> list[str]:
+    """Have the job's half use a copy of its image; return what it then starts."""
+    found = re.search(r"^use_copy\(\) \{.*?^\}", BODY, re.MULTILINE | re.DOTALL)
+    assert found is not None
+    argv = ["bash", "-c", CACHE.replace("{function}", found[0]), "bash", str(cache), str(program)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_image_is_copied_once_and_the_copies_that_no_job_runs_go(tmp_path: Path) -> None:
+    """A job has its copy locked as long as it lives; where there is no room, none is left half."""
+    cache, program = tmp_path / "cache", tmp_path / "new.sif"
+    program.write_text("new")
+    cache.mkdir(mode=0o700)
+    for name in ("idle.sif", "busy.sif"):
+        (cache / name).write_text("old")
+    with (cache / "busy.sif.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        assert launched(cache, program) == ["apptainer", str(cache / "new.sif"), "vllm"]
+    assert {path.name for path in cache.glob("*.sif")} == {"busy.sif", "new.sif"}
+    program.unlink()
+    assert launched(cache, program)[1] == str(cache / "new.sif")
+    absent = tmp_path / "absent.sif"
+    assert launched(cache, absent)[1] == str(absent)
+    assert not list(cache.glob("*.part"))
+
+
+def test_cache_that_another_user_made_is_not_used(tmp_path: Path) -> None:
+    """They could say what runs here."""
+    program = tmp_path / "new.sif"
+    program.write_text("new")
+    link, other = tmp_path / "link", tmp_path / "other"
+    other.mkdir()
+    link.symlink_to(tmp_path)
+    os.chown(other, 1, 1)
+    for cache in (link, other):
+        assert launched(cache, program)[1] == str(program)

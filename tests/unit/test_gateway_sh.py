@@ -85,12 +85,20 @@ def test_gateway_without_a_configuration_runs_no_routes(gateway: Gateway) -> Non
     assert (view.generation, view.targets, view.error) == (None, (), None)
 
 
+def test_nginx_of_the_gateways_own_folder_is_the_one_that_is_told(gateway: Gateway) -> None:
+    """Without root it is on no PATH."""
+    (gateway.folder / "bin").mkdir()
+    (gateway.here / "bin/nginx").rename(gateway.folder / "bin/nginx")
+    gateway.adapter.change("gateway", to(ONE))
+    assert len(gateway.log) == 2
+
+
 def test_change_is_tested_then_swapped_then_checked(gateway: Gateway) -> None:
     """NGINX tests the staged files before anything is replaced, and then says what it runs."""
     files = to(ONE)
     gateway.adapter.change("gateway", files)
     test, reload = gateway.log
-    assert test.startswith("-t -q -c ")
+    assert test.startswith("-t -q -e stderr -c ")
     assert "/part." in test
     assert reload == f"-s reload -c {gateway.folder}/current/nginx.conf"
     assert gateway.linked == f"gen-{files.generation}"

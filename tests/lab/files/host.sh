@@ -56,6 +56,28 @@ pivot_root . mnt/.old
 umount --lazy /mnt/.old
 cd /
 
+# A bare host is a site's own: Debian's units start what it is for.
+if [ ! -e /usr/local/sbin/lab-daemon ]; then
+    echo "$host" > /etc/hostname
+    ip link set lo up
+    ip address add "$address/24" dev eth0
+    ip link set eth0 up
+    mount -t cgroup2 cgroup2 /sys/fs/cgroup
+    # What the kernel has of the network is the host's, all else the real machine's.
+    mount --bind /proc/sys /proc/sys
+    mount --bind /proc/sys/net /proc/sys/net
+    mount -o remount,bind,ro /proc/sys
+    chown munge: /etc/munge/munge.key
+    case $host in
+        login) SYSTEMD_OFFLINE=1 systemctl --quiet enable slurmctld ;;
+        gateway*) if id fleet > /dev/null 2>&1; then userdel --remove fleet; fi ;; # no part of the cluster
+        *) SYSTEMD_OFFLINE=1 systemctl --quiet enable slurmd ;;
+    esac
+    echo "$pid" >&3
+    exec 3>&-
+    exec env -i container=lab /lib/systemd/systemd
+fi
+
 # If a daemon does not start, its last words are ours.
 trap 'tail -n 3 /var/log/slurm/*.log /var/lib/modelfleet/gateway/error.log 2> /dev/null' EXIT
 

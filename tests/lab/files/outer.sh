@@ -9,6 +9,8 @@ shift
 # /proc is still the real machine's, so this is the PID by which the real machine knows us.
 read -r pid _ < /proc/self/stat
 mount -t tmpfs -o mode=0755 tmpfs "$state/ram"
+mkdir "$state/ram/cgroup" # for the hosts of a bare lab
+mount -t cgroup2 cgroup2 "$state/ram/cgroup"
 # Without the delay a port forwards at once, not after 15 s of learning.
 ip link add bridge type bridge forward_delay 0
 ip link set bridge up

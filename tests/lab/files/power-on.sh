@@ -15,7 +15,16 @@ ip link add "$host" type veth peer name eth0 netns "$net"
 ip link set "$host" master bridge up
 rm -f "$ready"
 mkfifo "$ready"
-nsenter --net="$net" unshare --mount --uts --pid --ipc --fork --kill-child \
+unshare="unshare --mount --uts --pid --ipc --fork --kill-child"
+# A base without `fleet` is bare: its host runs systemd, in control groups of its own.
+if [ ! -e "$4/usr/local/bin/fleet" ]; then
+    groups=$state/ram/cgroup/modelfleet-lab-${state##*/}/$host
+    mkdir -p "$groups"
+    echo 0 > "$groups/cgroup.procs"
+    unshare="$unshare --cgroup"
+fi
+# shellcheck disable=SC2086
+nsenter --net="$net" $unshare \
     sh "${0%/*}/host.sh" "$@" 3> "$ready" >> "$state/log/$host" 2>&1 < /dev/null &
 # One line, or nothing if the host died before.
 timeout 30 head -n 1 "$ready"

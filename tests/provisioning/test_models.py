@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -149,8 +150,10 @@ def test_run_that_was_killed_is_gone_on_with_by_the_next(
         large = part / "model.safetensors"
         wait_for("a part of a file", lambda: large.exists() and large.stat().st_size > 0)
         said = refused(site, f"/shared/{name}", url=f"{MIRROR}/{name}", sha256=pin)
-        assert "is being fetched by process " in said
+        [pid] = re.findall(r"is being fetched by process (\d+)", said)
         first.kill()
+        alive = ["kill", "-0", pid]
+        wait_for("its end", lambda: site.run(alive, check=False).returncode != 0)
     before = part.stat().st_ino
     done = provide(site, f"/shared/{name}", url=f"{MIRROR}/{name}", sha256=pin)
     assert done.returncode == 0, done.stderr

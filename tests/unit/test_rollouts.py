@@ -220,6 +220,15 @@ def test_canary_that_is_sick_is_replaced_once() -> None:
     assert leaving(decided) == {3: Reason.UNHEALTHY}
 
 
+def test_canary_at_its_last_moment_holds_no_place() -> None:
+    """The other one of its revision is the canary, and has a successor as soon as it needs one."""
+    last = job(BAD, id=3, ordinal=2, ends_at=int(AT) + 90)
+    other = job(BAD, id=4, ordinal=3, ends_at=int(AT) + 150)
+    decided = decide([*served(), last, other], Memory(), CANARY)
+    assert submitted(decided) == [(BAD, 4, Reason.EXPIRING)]
+    assert leaving(decided) == {3: Reason.EXPIRING}
+
+
 def test_canary_with_a_revoked_key_is_replaced_without_a_surge_too() -> None:
     """Else it could never be, and the key never be got rid of."""
     rollout = {"max_surge": 0, "max_unavailable": 1}

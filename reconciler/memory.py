@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 
 from reconciler.failures import learn_failures
-from reconciler.plan import BLIND, Plan, Reason, Status, Submit
+from reconciler.plan import BLIND, ModelView, Plan, Reason, Status, Submit
 from reconciler.state import (
     UNREADABLE,
     Cause,
@@ -18,6 +18,7 @@ from reconciler.state import (
     Phase,
     Progress,
     Recipe,
+    Scaling,
 )
 
 # Of each model; a high percentile of these says how early a successor must be submitted.
@@ -83,7 +84,15 @@ def remember(memory: Memory, plan: Plan, recipes: Iterable[Recipe] = ()) -> Memo
         emptied_at=None if submitted else memory.emptied_at,
         kept=_kept(memory, plan, recipes),
         aborted={one.model: one for one in plan.aborted},
+        scaled={view.name: _scaling(memory, view, plan.at) for view in plan.models},
     )
+
+
+def _scaling(memory: Memory, view: ModelView, at: float) -> Scaling:
+    before = memory.scaled.get(view.name)
+    if before is not None and before.replicas == view.wanted:
+        return before
+    return Scaling(replicas=view.wanted, since=at)
 
 
 def _kept(memory: Memory, plan: Plan, recipes: Iterable[Recipe]) -> Mapping[str, Recipe]:
@@ -134,6 +143,9 @@ def _by_this_clock(memory: Memory, observation: Observation) -> Memory:
         },
         progress={
             key: replace(seen, since=moved(seen.since)) for key, seen in memory.progress.items()
+        },
+        scaled={
+            name: replace(seen, since=moved(seen.since)) for name, seen in memory.scaled.items()
         },
         emptied_at=moved_if_any(memory.emptied_at),
         booted_at=observation.booted_at if jump_s or memory.booted_at is None else memory.booted_at,

@@ -180,6 +180,7 @@ class ModelView:
     wanted: int
     ready: int
     canary: str | None = None  # the revision of its canary
+    wanted_since: float | None = None  # so many; None: from now on, or not known
     traffic: Traffic | None = None  # None: not known
 
 

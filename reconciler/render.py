@@ -112,6 +112,8 @@ def explain_text(record: Record) -> str:
         revision = model["revision"] or "unknown"
         counts = f"{model['ready']} of {_count(model['wanted'], 'replica')} ready"
         parts = [f"{model['name']}: {counts}; revision {revision}"]
+        if since := model.get("wanted_since"):
+            parts[0] += f"\nso many are wanted since {_moment(since, record['at'])}"
         if traffic := model.get("traffic"):
             asked, refused, times = _traffic_row(traffic)
             parts[0] += (
@@ -292,9 +294,13 @@ def _note(note: Record, at: float) -> str:
     """Return a note's text and until when, with the date if that is another day than `at`."""
     if note["until"] is None:
         return _plain(note["text"])
-    until, now = (datetime.fromtimestamp(time, UTC) for time in (note["until"], at))
-    moment = f"{until:%H:%M:%S}" if until.date() == now.date() else f"{until:%Y-%m-%d %H:%M:%S}"
-    return f"{_plain(note['text'])}, until {moment} UTC"
+    return f"{_plain(note['text'])}, until {_moment(note['until'], at)}"
+
+
+def _moment(time: float, at: float) -> str:
+    """Return a time, with its date if that is another day than `at`."""
+    then, now = (datetime.fromtimestamp(one, UTC) for one in (time, at))
+    return f"{then:%H:%M:%S} UTC" if then.date() == now.date() else f"{then:%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _count(number: int, noun: str) -> str:

@@ -344,6 +344,14 @@ class Failures:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Scaling:
+    """How many replicas of a model are wanted, its canary's included, and since when."""
+
+    replicas: int
+    since: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """An engine's token counter, and since when it stands still although there are requests."""
 
@@ -396,6 +404,7 @@ class Memory:
     progress: Mapping[JobKey, Progress] = field(default_factory=dict)
     kept: Mapping[str, Recipe] = field(default_factory=dict)  # model -> what was ready last
     aborted: Mapping[str, Aborted] = field(default_factory=dict)  # model -> its canary
+    scaled: Mapping[str, Scaling] = field(default_factory=dict)  # model -> its last change
     maintenances: Maintenances | None = None  # while jobs wait for one
     submitted: frozenset[ReplicaName] = frozenset()  # or about to be, when this was remembered
     emptied_at: float | None = None  # first look at which all known jobs were gone at once

@@ -31,11 +31,14 @@ _NEVER_STARTS = frozenset(
 def model_view(model: Model, seen: Seen) -> ModelView:
     """Return a model with how much of it is wanted and ready, its canary included."""
     (_, revision), *canary = seen.variants[model.name]
+    wanted = sum(variant.replicas for variant, _ in seen.variants[model.name])
+    scaled = seen.memory.scaled.get(model.name)
     return ModelView(
         name=model.name,
         revision=revision,
         canary=canary[0][1] if canary else None,
-        wanted=sum(variant.replicas for variant, _ in seen.variants[model.name]),
+        wanted=wanted,
+        wanted_since=scaled.since if scaled is not None and scaled.replicas == wanted else None,
         ready=sum(1 for job in seen.jobs_of(model.name) if seen.status(job) is Status.READY),
         traffic=_traffic(model, seen.observation),
     )

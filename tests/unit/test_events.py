@@ -14,10 +14,11 @@ from reconciler.adapters.ports import Result as Ended
 from reconciler.adapters.store import FILE, SqliteStore
 from reconciler.cli import main
 from reconciler.errors import SlurmUnavailable
+from reconciler.memory import remember
 from reconciler.plan import Action, Cancel, Drain, JobRef, Reason, Route, Submit, to_json
 from reconciler.planner import plan
 from reconciler.render import events_text, explain_text, explanation
-from reconciler.state import Job, Memory
+from reconciler.state import Job, Memory, Scaling
 from tests.simulation.secrets import MemorySecrets
 from tests.unit.build import (
     AT,
@@ -260,6 +261,20 @@ def test_explain_without_a_listing_says_why_nothing_is_seen(
     assert result.output.endswith("No events.\n")
     assert "file is not a database" in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_explain_says_since_when_so_many_are_wanted() -> None:
+    """A change of their number begins a new time; a cycle that changes nothing does not."""
+    memory = remember(Memory(), plan(FLEET, observation(ONE), Memory()))
+    later = plan(FLEET, observation(ONE, at=AT + 60), memory)
+    told = explanation(json.loads(to_json(later)), [], "tiny")
+    assert told is not None
+    assert "so many are wanted since 13:46:40 UTC" in explain_text(told)
+    assert remember(memory, later).scaled == memory.scaled
+    more = plan(fleet(model_record(replicas=3)), observation(ONE, at=AT + 90), memory)
+    [view] = more.models
+    assert view.wanted_since is None
+    assert remember(memory, more).scaled["tiny"] == Scaling(replicas=3, since=AT + 90)
 
 
 def test_explain_shows_the_last_ten_events_only() -> None:

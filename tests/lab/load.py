@@ -30,7 +30,7 @@ class Request:
     model: str = "tiny"
     seconds: float = 0.0
     status: int = 0
-    chunks: int = 0
+    chunks: int = 0  # parts of the answer that came: then no other replica can be asked for it
     finish: str | None = None
     done: bool = False  # a stream that reached [DONE], or a whole answer
     error: str = ""
@@ -280,7 +280,7 @@ class _Raw:
         try:
             reader, writer = await self._connection()
             writer.write(head.encode() + data)
-            request.status, text, keep = await _answer(reader)
+            text, keep = await _answer(request, reader)
         except BaseException:
             self._close()
             raise
@@ -289,9 +289,11 @@ class _Raw:
         _take_whole(request, text)
 
 
-async def _answer(reader: asyncio.StreamReader) -> tuple[int, str, bool]:
-    """Read one answer; return its status, its body and whether the connection stays."""
+async def _answer(request: Request, reader: asyncio.StreamReader) -> tuple[str, bool]:
+    """Read one answer; return its body and whether the connection stays."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+    request.status = int(head.split()[1])
+    request.chunks = int(request.status == 200)
     headers = dict(line.split(": ", 1) for line in head.split("\r\n")[1:-2])
     if "content-length" in headers:
         body = await reader.readexactly(int(headers["content-length"]))
@@ -301,7 +303,7 @@ async def _answer(reader: asyncio.StreamReader) -> tuple[int, str, bool]:
             body += await reader.readexactly(size)
             await reader.readline()
         await reader.readline()
-    return int(head.split()[1]), body.decode(), headers.get("connection") != "close"
+    return body.decode(), headers.get("connection") != "close"
 
 
 _WAYS: Mapping[str, Callable[[str, str], _Way]] = {

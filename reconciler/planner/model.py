@@ -274,12 +274,13 @@ def _comes_back(case: _Case, job: Job) -> bool:
 def _returning(case: _Case, current: Sequence[Job], outgoing: Sequence[Job]) -> list[Job]:
     """Return which replicas of the fallback that don't serve yet are still wanted."""
     candidates = [job for job in outgoing if _comes_back(case, job)]
+    # What is neither wanted nor the fallback may be on its way out: it stands in for nothing.
     serving = [
         job
         for job in outgoing
         if case.seen.status(job) in (Status.READY, Status.SILENT)
+        and case.is_fallback(job)
         and not case.is_expiring(job)
-        and case.seen.keys_differ(job) is None  # or a successor is on its way for that
     ]
     wanted = case.model.replicas - case.ready(current) - len(serving)
     candidates.sort(key=lambda job: (-progress(job, case.seen), job.name))

@@ -230,8 +230,8 @@ MUTATIONS = (
     Mutation(
         "R29",
         "adapters/gateway.sh",
-        'nginx -t -q -c "$part/nginx.conf"',
-        'nginx -t -q -c "$part/nginx.conf" || true',
+        'nginx -t -q -e stderr -c "$part/nginx.conf"',
+        'nginx -t -q -e stderr -c "$part/nginx.conf" || true',
         "unit/test_gateway_sh.py::test_R29_configuration_that_nginx_refuses_changes_nothing",
     ),
     Mutation(

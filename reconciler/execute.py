@@ -6,7 +6,7 @@ run a bounded number at once.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -72,24 +72,17 @@ def execute(
     A journal that can't be written is one line more, and stops nothing. What has not begun by the
     deadline, or when `told_to_end` says so, is left for the next cycle, which looks again first.
     """
-    deadline = clock() + DEADLINE_S
+    time_left = _TimeLeft(clock() + DEADLINE_S, clock, told_to_end)
     known = {(recipe.model.name, recipe.revision): recipe for recipe in recipes}
     present = _present(plan.actions, fleet, world.slurm)
     journal = _Journal(world.store, plan.at)
-    total, begun = len(plan.actions), 0
-    left_because: str | None = None
-    errors: dict[int, str] = {}
-    refused: list[ReplicaName] = []
-    unanswered = 0
+    errors: dict[int, FleetError] = {}
+    begun = 0
 
     def begin(phase: Iterable[tuple[int, Action]]) -> Iterator[tuple[_Begun, Callable[[], str]]]:
-        nonlocal begun, left_because
+        nonlocal begun
         for at, action in phase:
-            if told_to_end():
-                left_because = "told to end"
-            elif clock() >= deadline:
-                left_because = "this one took too long"
-            if left_because is not None:
+            if time_left.is_over():
                 return
             begun += 1
             it = _Begun(at, action, journal.intend(action))
@@ -101,25 +94,58 @@ def execute(
             for line in it.said:
                 say(line)
             if error is not None:
-                errors[it.at] = f"{title(it.action)}: {error}"
-            unanswered += isinstance(error, SubmitUnknown)
-            if isinstance(error, SubmitRejected) and isinstance(it.action, Submit):
-                refused.append(it.action.name)
-    lines = [errors[at] for at in sorted(errors)]
-    left = []
-    if begun < total:
-        left.append(f"{total - begun} of {total} actions left for the next cycle: {left_because}")
-        lines += left
+                errors[it.at] = error
+    failed = [(plan.actions[at], errors[at]) for at in sorted(errors)]
+    return _executed(len(plan.actions), begun, failed, time_left.over_because, journal.errors)
+
+
+def _executed(
+    total: int,
+    begun: int,
+    failed: Sequence[tuple[Action, FleetError]],
+    over_because: str | None,
+    journal: Iterable[str],
+) -> Executed:
+    """Return how it went: a line for each action that failed, for what is left, for the journal."""
+    errors = [f"{title(action)}: {error}" for action, error in failed]
+    left_over = []
+    if over_because is not None:
+        text = f"{total - begun} of {total} actions left for the next cycle: {over_because}"
+        errors.append(text)
+        left_over.append(text)
+    unanswered = sum(isinstance(error, SubmitUnknown) for _, error in failed)
     if unanswered:
         # Slurm's rate limiter, for one, lets sbatch wait until its time is up.
-        left.append(
-            f"{unanswered} of {total} actions had no answer in time: the next cycle looks whether "
-            "Slurm took them"
-        )
-    notes = (Note(kind=NoteKind.LEFT_OVER, subject="cycle", text=text) for text in left)
+        text = f"{unanswered} of {total} actions had no answer in time: the next cycle looks "
+        left_over.append(f"{text}whether Slurm took them")
     return Executed(
-        errors=(*lines, *journal.errors), left_over=tuple(notes), refused=tuple(refused)
+        errors=(*errors, *journal),
+        left_over=tuple(
+            Note(kind=NoteKind.LEFT_OVER, subject="cycle", text=text) for text in left_over
+        ),
+        refused=tuple(
+            action.name
+            for action, error in failed
+            if isinstance(action, Submit) and isinstance(error, SubmitRejected)
+        ),
     )
+
+
+@dataclass(slots=True)
+class _TimeLeft:
+    """How long actions may begin, and why no longer."""
+
+    deadline: float
+    clock: Callable[[], float]
+    told_to_end: Callable[[], bool]
+    over_because: str | None = None
+
+    def is_over(self) -> bool:
+        if self.over_because is None and self.told_to_end():
+            self.over_because = "told to end"
+        elif self.over_because is None and self.clock() >= self.deadline:
+            self.over_because = "this one took too long"
+        return self.over_because is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -294,8 +294,8 @@ class Repository:
         self._do(
             "ssh-keygen -q -t ed25519 -N '' -f ~/signer;"
             "git init -q --bare -b main /shared/specs.git;"
-            "git clone -q /shared/specs.git ~/work; cp -r /shared/specs/demo ~/work/demo;"
-            "cd ~/work; git symbolic-ref HEAD refs/heads/main;"
+            "git clone -q /shared/specs.git ~/clone; cp -r /shared/specs/demo ~/clone/demo;"
+            "cd ~/clone; git symbolic-ref HEAD refs/heads/main;"
             "git config user.name a; git config user.email a@b;"
             "git config gpg.format ssh; git config user.signingkey ~/signer"
         )
@@ -304,12 +304,12 @@ class Repository:
         return "a@b " + self._do("cut -d' ' -f1,2 ~/signer.pub") + "\n"
 
     def edit(self, old: str, new: str) -> None:
-        self._do(f"sed -i 's/{old}/{new}/' ~/work/demo/fleet.yaml")
+        self._do(f"sed -i 's/{old}/{new}/' ~/clone/demo/fleet.yaml")
 
     def commit(self, message: str, *, sign: bool) -> str:
         how = "-S" if sign else "--no-gpg-sign"
         return self._do(
-            f"cd ~/work; git add -A; git commit -q --allow-empty {how} -m '{message}';"
+            f"cd ~/clone; git add -A; git commit -q --allow-empty {how} -m '{message}';"
             "git push -q origin main; git rev-parse HEAD"
         )
 

@@ -39,6 +39,7 @@ def wait_for(
         if say and now - told > ALOUD_EVERY_S:
             told = now
             say(f"waiting for {what}: {now - start:.0f} s")
+        # Most of what is waited for tells nobody; what is slow to ask is asked less often.
         time.sleep(min(max(POLL_S, 2 * (now - asked)), MOST_POLL_S))
         now = time.monotonic()
 

@@ -38,6 +38,8 @@ def batch_script(recipe: Recipe, submit: Submit, credentials: Credentials | None
         succeeds=submit.succeeds,
         protect=model.protect,
         keys=credentials.keys if credentials else (),
+        placement=fleet.slurm_for(model).placement,
+        avoids=submit.exclude,
     )
     return "\n".join(
         [

@@ -55,6 +55,13 @@ def recipes(fleet: Fleet, pins: Mapping[str, ImagePin], commit: str | None) -> I
             yield Recipe.of(fleet, variant, digest=digest, program=program, commit=commit)
 
 
+def _placed(fleet: Fleet, kept: Mapping[str, Recipe]) -> Iterator[Recipe]:
+    """Yield what was kept for when a release fails, to be submitted where the spec says now."""
+    for model in fleet.models:
+        if model.name in kept:
+            yield kept[model.name].placed(fleet.slurm_for(model))
+
+
 def _recovered(decided: Plan, memory: Memory, world: World) -> Iterator[Recipe]:
     """Yield what a serving replica of an old revision is made of, if memory has lost that.
 
@@ -100,7 +107,7 @@ def cycle(
     ours = [*recipes(fleet, pins, commit), *_recovered(decided, memory, world)]
     memory = remember(memory, decided, ours)
     errors = _saved(memory, world)
-    known = [*memory.kept.values(), *ours]
+    known = [*_placed(fleet, memory.kept), *ours]
     done = execute(decided, fleet, world, known, say=say, told_to_end=told_to_end)
     if done.refused:
         errors = _saved(learn_refusals(memory, done.refused, at), world)

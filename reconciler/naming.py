@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
+from itertools import accumulate
 from typing import Any
 
 LABEL = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
@@ -19,6 +20,8 @@ LABEL_MAX = 40
 _NAME = re.compile(rf"({LABEL})\.({LABEL})\.({REVISION})\.(0|[1-9][0-9]{{0,5}})")
 
 COMMENT_VERSION = 1
+# Slurm keeps 1,024 bytes of a comment too, and the job itself writes there as well.
+_MOST_AVOIDED = 150
 # A job's log by sbatch's own words: its name and its id.
 LOG_NAME = "%x.%j.log"
 
@@ -81,6 +84,8 @@ class Comment:
     succeeds: tuple[int, int] | None = None  # the job (id, submit time) that it is to replace
     protect: bool = False  # not ended for being gone from the spec
     keys: tuple[str, ...] = ()  # ids of those that it takes, oldest first; without any it is open
+    placement: str | None = None  # see spec.Slurm; None: submitted before there was such a field
+    avoids: str = ""  # nodes that it was told to avoid, as sbatch takes them
 
 
 def submit_comment(
@@ -91,8 +96,13 @@ def submit_comment(
     succeeds: tuple[int, int] | None = None,
     protect: bool = False,
     keys: Sequence[str] = (),
+    placement: str | None = None,
+    avoids: Sequence[str] = (),
 ) -> str:
-    """Return the comment that a job is submitted with: public, one line, ASCII, no quote marks."""
+    """Return the comment that a job is submitted with: public, one line, ASCII, no quote marks.
+
+    Of very many nodes to avoid it has room for the first ones.
+    """
     record: dict[str, object] = {
         "v": COMMENT_VERSION,
         "fleet": name.fleet,
@@ -107,6 +117,13 @@ def submit_comment(
         record["protect"] = True
     if keys:
         record["keys"] = list(keys)
+    if placement is not None:
+        record["placement"] = placement
+    if avoids:
+        ends = accumulate(len(node) + 1 for node in avoids)
+        record["avoids"] = ",".join(
+            node for node, end in zip(avoids, ends, strict=True) if end <= _MOST_AVOIDED
+        )
     return json.dumps(record, separators=(",", ":"))
 
 
@@ -116,19 +133,24 @@ def parse_comment(text: str) -> Comment | None:
         record = json.loads(text)
         if record["v"] != COMMENT_VERSION:
             return None
-        commit = record.get("commit")
-        if not isinstance(commit, str | None):
-            return None
         return Comment(
             gpus=_count(record["gpus"]),
-            commit=commit,
+            commit=_parse_text(record.get("commit")),
             run=_parse_run(record["run"]) if "run" in record else None,
             succeeds=_parse_key(record["succeeds"]) if "succeeds" in record else None,
             protect=record.get("protect") is True,
             keys=tuple(map(checked_key_id, record.get("keys", ()))),
+            placement=_parse_text(record.get("placement")),
+            avoids=_parse_text(record.get("avoids")) or "",
         )
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def _parse_text(text: object) -> str | None:
+    if not isinstance(text, str | None):
+        raise TypeError(f"not a text: {text!r}")
+    return text
 
 
 def _parse_key(record: Any) -> tuple[int, int]:

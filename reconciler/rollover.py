@@ -8,10 +8,9 @@ soonest, slots how many successors the budget has room for at once.
 import math
 from collections.abc import Mapping, Sequence
 
+from reconciler.spec import MARGIN_S
 from reconciler.state import Job, JobKey
 
-# Cycles, reloads and Slurm's own clock take a while too.
-MARGIN_S = 60.0
 # Before a model's first measured start: a busy queue and a large model.
 LEAD_DEFAULT_S = 600.0
 # A few measurements don't tell how long it takes on a bad day, nor how late a busy host is.

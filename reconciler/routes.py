@@ -406,7 +406,10 @@ def _fleet_json(
     models that took two thirds of all requests a second.
     """
     names = {name: model.name for model in fleet.models for name in model.names}
-    states = {model.name: "starting" if model.replicas else "stopped" for model in fleet.models}
+    wanted = {model.name for model in fleet.models for one in model.variants if one.replicas}
+    states = {
+        model.name: "starting" if model.name in wanted else "stopped" for model in fleet.models
+    }
     for name, members in by_model.items():
         if members:
             states[name] = "ready"

@@ -126,6 +126,8 @@ ArgName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.-]*$")]
 # true -> --flag, false -> --no-flag, a list -> several words, a mapping -> one word of JSON.
 ArgScalar = bool | int | float | str
 ArgValue = ArgScalar | list[ArgScalar] | dict[str, Any]
+# Of a walltime: cycles, reloads and Slurm's own clock take a while too.
+MARGIN_S = 60.0
 # Bounded, so that no sum or product of them overflows what clocks and plans can hold.
 Positive = Annotated[int, Field(ge=1, le=1_000_000)]
 Count = Annotated[int, Field(ge=0, le=1_000_000)]
@@ -144,6 +146,11 @@ KeyHash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Replicas = Annotated[int, Field(ge=0, le=10_000)]
 
 
+def _digest(record: Mapping[str, Any]) -> str:
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
 class Strict(BaseModel):
     """Unknown keys and wrong types are errors; values never change after reading."""
 
@@ -151,13 +158,19 @@ class Strict(BaseModel):
 
 
 class Slurm(Strict):
-    """Where jobs go. Slurm's own words."""
+    """Where jobs go. Slurm's own words. An edit moves what waits, and nothing that runs."""
 
     partition: SlurmWord
     account: SlurmWord | None = None
     qos: SlurmWord | None = None
     walltime: Duration = "1-00:00:00"
     log_dir: LogDir = Field(description="where jobs write their logs; must exist on the nodes")
+
+    @property
+    def placement(self) -> str:
+        """The first 8 hex digits of the digest of what decides where and when a job starts."""
+        words = self.model_dump(exclude_none=True, exclude={"log_dir"})
+        return _digest({**words, "walltime": parse_duration(self.walltime)})
 
 
 class SlurmOverride(Strict):
@@ -352,8 +365,7 @@ class Model(Strict):
         }
         if access != "protected":
             restarts["replica_access"] = access
-        text = json.dumps(restarts, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:8]
+        return _digest(restarts)
 
 
 class Tenant(Strict):
@@ -438,6 +450,10 @@ class Fleet(Strict):
     def drain_timeout_s(self, model: Model) -> int:
         """Return how long a replica of the model may take to finish its requests."""
         return model.drain_timeout_s or self.defaults.drain_timeout_s
+
+    def least_walltime_s(self, model: Model) -> int:
+        """Return the shortest walltime that is worth a start."""
+        return self.startup_timeout_s(model) + self.drain_timeout_s(model) + round(MARGIN_S)
 
 
 def load_fleet(folder: Path) -> Fleet:
@@ -635,24 +651,40 @@ def impossibilities(fleet: Fleet) -> Iterator[tuple[source.Path, str]]:
         if needed_gpus > fleet.budget.gpus:
             message = f"one replica needs {needed_gpus} GPUs, the budget is {fleet.budget.gpus}"
             yield (*here, "resources", "gpus"), message
-        needed = fleet.startup_timeout_s(model) + fleet.drain_timeout_s(model)
-        if parse_duration(fleet.slurm_for(model).walltime) <= needed:
-            message = f"the walltime must be longer than startup plus drain timeout ({needed} s)"
-            yield (*here, "name"), message
+        needed = fleet.least_walltime_s(model)
+        if parse_duration(fleet.slurm_for(model).walltime) < needed:
+            message = f"the walltime must be {needed} s at least: startup and drain timeout"
+            yield (*here, "name"), f"{message}, and a minute beside them"
         yield from _argument_mistakes(fleet, model, here)
         yield from _canary_mistakes(fleet, model, (*here, "canary"))
         if model.fallback is not None and fleet.gateway.external is None:
             message = "a fallback needs gateway.external: its resolvers, such as [10.0.0.53]"
             yield (*here, "fallback"), message
     yield from _tenant_mistakes(fleet)
-    wanted = sum(
-        variant.replicas * variant.resources.gpus_total
-        for model in fleet.models
-        for variant in model.variants
-    )
+    wanted = _wanted_gpus(fleet)
     if wanted > fleet.budget.gpus:
         message = f"all replicas together need {wanted} GPUs, the budget is {fleet.budget.gpus}"
         yield ("budget", "gpus"), message
+
+
+def _wanted_gpus(fleet: Fleet) -> int:
+    variants = (variant for model in fleet.models for variant in model.variants)
+    return sum(variant.replicas * variant.resources.gpus_total for variant in variants)
+
+
+def _no_room(fleet: Fleet) -> Iterator[tuple[source.Path, str]]:
+    """Yield the models whose replicas can't be replaced one by one: no rollout, no rollover."""
+    room = fleet.budget.gpus - _wanted_gpus(fleet)
+    if fleet.defaults.rollout.max_unavailable:
+        return
+    for at, model in enumerate(fleet.models):
+        needs = model.resources.gpus_total
+        if model.replicas and needs > room:
+            message = (
+                f"the budget leaves {room} GPUs beside all replicas, and a new one of this model "
+                f"needs {needs} before an old one goes: give it more, or rollout.max_unavailable"
+            )
+            yield ("models", at, "resources", "gpus"), message
 
 
 def warnings(fleet: Fleet) -> Iterator[tuple[source.Path, str]]:
@@ -660,6 +692,7 @@ def warnings(fleet: Fleet) -> Iterator[tuple[source.Path, str]]:
     if not fleet.tenants:
         message = "no tenants: whoever reaches the gateway may use every model"
         yield ("gateway",), f"{message}; `fleet tenant add` makes one"
+    yield from _no_room(fleet)
     for name, image in fleet.images.items():
         variants = (variant for model in fleet.models for variant in model.variants)
         engines = {variant.engine for variant in variants if variant.image == name and variant.args}

@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Self
 
 from reconciler.hostlist import expand
 from reconciler.naming import Comment, ReplicaName, Run
-from reconciler.spec import Fleet, Model
+from reconciler.spec import Fleet, Model, Slurm, SlurmOverride
 
 JobKey = tuple[int, int]
 """(job id, submit time): Slurm reuses ids, so an id alone is no key."""
@@ -55,6 +55,14 @@ PHASES: Mapping[str, Phase] = {
 # Seen on 24.11: "ReqNodeNotAvail, Reserved for maintenance", and "ReqNodeNotAvail, May be reserved
 # for other job" where only some nodes are.
 _RESERVED = re.compile(r"ReqNodeNotAvail,.*reserved", re.IGNORECASE)
+
+# Slurm's reasons that no waiting resolves (squeue(1) "JOB REASON CODES"): somebody's word, ...
+_HELD = frozenset({"JobHeldUser", "JobHeldAdmin", "launch failed requeued held"})
+# ... or what the job was submitted with.
+_NEVER = frozenset(
+    {"BadConstraints", "PartitionTimeLimit", "PartitionNodeLimit", "DependencyNeverSatisfied"}
+    | {"InvalidAccount", "AccountNotAllowed", "InvalidQOS", "QOSNotAllowed"}
+)
 
 # Not Slurm's: the state of a job whose line could not be read, so of Phase.UNKNOWN.
 UNREADABLE = "UNREADABLE"
@@ -105,8 +113,23 @@ class Job:
         return expand(self.nodes)
 
     @property
-    def excluded_names(self) -> tuple[str, ...]:
-        return expand(self.excluded)
+    def avoids(self) -> frozenset[str]:
+        """The nodes that it avoids because it was submitted so, not by a site's or a person's word.
+
+        Empty while its comment is unreadable.
+        """
+        said = self.comment.avoids if self.comment else ""
+        return frozenset(expand(said)).intersection(expand(self.excluded))
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it waits for somebody to release it."""
+        return self.phase is Phase.PENDING and self.reason in _HELD
+
+    @property
+    def never_starts(self) -> bool:
+        """Whether what it was submitted with lets it wait for ever."""
+        return self.phase is Phase.PENDING and self.reason in _NEVER
 
     @property
     def waits_for_nodes(self) -> bool:
@@ -382,6 +405,12 @@ class Recipe:
     ) -> Self:
         """Return the recipe of a model, or of one of its variants, of a fleet."""
         return cls(fleet=fleet.only(model), digest=digest, program=program, commit=commit)
+
+    def placed(self, slurm: Slurm) -> Self:
+        """Return the same recipe for jobs that go there."""
+        model = self.model.model_copy(update={"slurm": SlurmOverride()})
+        fleet = self.fleet.model_copy(update={"slurm": slurm, "models": (model,)})
+        return replace(self, fleet=fleet)
 
     @property
     def model(self) -> Model:

@@ -141,10 +141,10 @@ class _Case:
         return max(1, surge) if self.canary else surge
 
     def is_current(self, job: Job) -> bool:
-        return job.name.revision == self.revision and self.seen.keys_differ(job) is None
+        return job.name.revision == self.revision and self.seen.outdated(job) is None
 
     def is_fallback(self, job: Job) -> bool:
-        if self.fallback is None or self.seen.keys_differ(job) is not None:
+        if self.fallback is None or self.seen.outdated(job) is not None:
             return False
         return job.name.revision == self.fallback.revision
 
@@ -212,13 +212,13 @@ def _decide(case: _Case) -> Part:
     staying = [job for job in case.jobs if job.key not in gone and serves(job, case.seen)]
     submits, notes = _missing(case, staying)
     notes += tuple(_expiring_note(case, job) for job in staying if case.is_expiring(job))
-    notes += tuple(_keys_notes(case, staying))
+    notes += tuple(_outdated_notes(case, staying))
     return Part(leaving=tuple(leaving), submits=submits, notes=notes)
 
 
-def _keys_notes(case: _Case, staying: Iterable[Job]) -> Iterator[Note]:
+def _outdated_notes(case: _Case, staying: Iterable[Job]) -> Iterator[Note]:
     for job in staying:
-        why = case.seen.keys_differ(job)
+        why = case.seen.outdated(job)
         if why is not None:
             text = f"{why}: it leaves when others serve in its place"
             yield Note(kind=NoteKind.ROLLING, subject=str(job.name), text=text)
@@ -376,7 +376,7 @@ def _missing_fallback(
     if case.fallback is None:
         return (), ()
     lasting = [job for job in staying if not case.is_expiring(job)]
-    old = [job for job in lasting if not case.is_current(job) and not case.seen.keys_differ(job)]
+    old = [job for job in lasting if not case.is_current(job) and not case.seen.outdated(job)]
     ready = case.ready(job for job in lasting if case.is_current(job))
     # What is tried meanwhile serves nobody yet, and takes its place all the same.
     most = case.model.replicas + case.max_surge
@@ -457,8 +457,9 @@ def _excluded(model: Model, revision: str, seen: Seen) -> tuple[str, ...]:
 def _walltime_s(model: Model, ordinal: int, seen: Seen) -> int:
     """Return the walltime of one replica's job; while Slurm holds jobs back, until maintenance."""
     fleet = seen.fleet
-    walltime_s = parse_duration(fleet.slurm_for(model).walltime)
-    floor_s = seen.floor_s(model)
+    # Where a job goes is no part of its revision: of what was kept too the spec says it now.
+    walltime_s = parse_duration(fleet.slurm_for(seen.models[model.name]).walltime)
+    floor_s = fleet.least_walltime_s(model)
     walltime_s = min(walltime_s, staggered(walltime_s, ordinal, floor_s=floor_s))
     left_s = seen.before_maintenance_s()
     if left_s is None or left_s < floor_s:

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from reconciler.failures import quarantined
 from reconciler.naming import ReplicaName
 from reconciler.plan import Reason, Status
-from reconciler.rollover import MARGIN_S, due, last_moment
-from reconciler.spec import Access, Fleet, Model
+from reconciler.rollover import due, last_moment
+from reconciler.spec import MARGIN_S, Access, Fleet, Model
 from reconciler.state import (
     Aborted,
     DrainClock,
@@ -103,8 +103,8 @@ class Seen:
             and self.fault(canary, job) is None
             and not self.must_go(canary, job)
         ]
-        # Nor may what succeeds one whose keys differ be taken for a replica too many.
-        differing = frozenset(job.key for job in jobs if self.keys_differ(job) is not None)
+        # Nor may what succeeds an outdated one be taken for a replica too many.
+        differing = frozenset(job.key for job in jobs if self.outdated(job) is not None)
         expiring = self.due(canary, jobs) | differing
         best = sorted(jobs, key=self._canary_order)
         lasting = [job for job in best if job.key not in expiring]
@@ -112,7 +112,8 @@ class Seen:
         own = lasting[: canary.replicas] + leaving[: canary.replicas]
         succeeded = {job.comment.succeeds for job in own if job.comment is not None}
         own += [job for job in leaving[canary.replicas :] if job.key in succeeded]
-        return own + [job for job in all_ if job not in jobs]
+        others = {job.key for job in all_} - {job.key for job in jobs}
+        return own + [job for job in all_ if job.key in others]
 
     def _canary_order(self, job: Job) -> tuple[bool, int, bool, ReplicaName]:
         """Sort key, first to hold the canary's place first.
@@ -171,15 +172,26 @@ class Seen:
             return kept.model.weight
         return self.models[name].weight if name in self.models else 1
 
-    def keys_differ(self, job: Job) -> str | None:
-        """Return why a job's keys make it stale although its revision is wanted, None if not."""
-        if job.comment is None or self.observation.keyring is None:
+    def outdated(self, job: Job) -> str | None:
+        """Return what makes a job stale although its revision is wanted, None if nothing does."""
+        if job.comment is None:
+            # Until it starts, and writes its comment anew, nothing else tells that it is outdated.
+            return "it can't start as it was submitted" if job.never_starts else None
+        placement = self._placement(job)
+        if placement is not None and job.comment.placement not in (None, placement):
+            return "it waits where its model is not to run any more (by its slurm block)"
+        if self.observation.keyring is None:
             return None
         keys = job.comment.keys
         if self.fleet.replica_access == "protected" and not keys:
             return "it takes requests without a key"
         revoked = [key for key in keys if key not in self.observation.keyring.ids]
         return f"it takes the revoked key {revoked[0]}" if revoked else None
+
+    def _placement(self, job: Job) -> str | None:
+        """Return where a waiting job would be submitted now; None of any other job."""
+        model = self.models.get(job.name.model) if job.phase is Phase.PENDING else None
+        return None if model is None else self.fleet.slurm_for(model).placement
 
     def fault(self, model: Model, job: Job) -> Reason | None:
         """Return why a job goes whatever others do, None if it may stay. Not of one that drains."""
@@ -202,11 +214,6 @@ class Seen:
         known = self.memory.maintenances
         begins = [] if known is None else [one for one in known.begin if one > self.at]
         return min(begins) - self.at - MARGIN_S if begins else None
-
-    def floor_s(self, model: Model) -> int:
-        """Return the shortest walltime that is worth a start."""
-        startup_s = self.fleet.startup_timeout_s(model)
-        return startup_s + self.fleet.drain_timeout_s(model) + round(MARGIN_S)
 
     def pause(self, model: str) -> Pause | None:
         """Return what has a model left alone now; the latest word if there are several."""
@@ -301,12 +308,12 @@ class Seen:
             return False
         begins = self.at + left_s + MARGIN_S
         cut = job.submitted_at + job.limit_s <= begins
-        return not cut and self.floor_s(model) <= left_s < job.limit_s
+        return not cut and self.fleet.least_walltime_s(model) <= left_s < job.limit_s
 
     def _avoids_in_vain(self, job: Job) -> bool:
         """Whether a job waits for nodes, and avoids one with room that is in quarantine no more."""
         words = self.observation.nodes or {}
-        over = set(job.excluded_names) - self.quarantined.keys()
+        over = job.avoids - self.quarantined.keys()
         return job.waits_for_nodes and any(words.get(name) in _WITH_ROOM for name in over)
 
     def _gpus(self, job: Job) -> int:

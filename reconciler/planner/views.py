@@ -20,13 +20,6 @@ from reconciler.state import (
 )
 from reconciler.usage import WINDOW_MINUTES, midnight_after
 
-# Slurm's reasons that no waiting resolves (squeue(1) "JOB REASON CODES").
-_NEVER_STARTS = frozenset(
-    {"BadConstraints", "PartitionTimeLimit", "PartitionNodeLimit", "AssocMaxJobsLimit"}
-    | {"InvalidAccount", "InvalidQOS", "JobHeldUser", "JobHeldAdmin", "AccountNotAllowed"}
-    | {"launch failed requeued held", "QOSNotAllowed", "DependencyNeverSatisfied"}
-)
-
 
 def model_view(model: Model, seen: Seen) -> ModelView:
     """Return a model with how much of it is wanted and ready, its canary included."""
@@ -119,7 +112,7 @@ def _detail(job: Job, seen: Seen) -> str:
 
 
 def _prospect(job: Job, seen: Seen) -> str:
-    if job.reason in _NEVER_STARTS:
+    if job.is_held or job.never_starts:
         return "; waiting will not help"
     if job.waits_for_reservation and seen.before_maintenance_s() is not None:
         return "; too little is left before it for a shorter job"
@@ -132,7 +125,7 @@ def replica_view(job: Job, seen: Seen, leaving: Mapping[JobKey, Reason]) -> Repl
         status = Status.LEAVING
     # While its image can't be read a model's revision is unknown: nothing counts as another one.
     wanted = {revision for _, revision in seen.variants.get(job.name.model, ())}
-    differs = seen.keys_differ(job)
+    differs = seen.outdated(job)
     current = None in wanted or (job.name.revision in wanted and differs is None)
     return ReplicaView(
         name=job.name,

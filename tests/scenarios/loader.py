@@ -29,7 +29,9 @@
           "trap_ready": true, "draining": false, "succeeds": 10, "protect": false,
           "keys": ["aaaaaaaa", "bbbbbbbb"],   that it takes
           "comment": "unreadable",  a vandal was there
-          "excluded": "node7",      nodes that it avoids, as Slurm lists them
+          "avoids": "node7",        nodes that it was told to avoid when it was submitted
+          "excluded": "node[7-8]",  those that it avoids by Slurm's word; by default the same
+          "placement": "0a1b2c3d",  of the slurm block that it was submitted by; by default as now
           "probe": "ready"}         or {"health": "ready", "ongoing": 3, "tokens": 5, "detail": ""}
 
     GATEWAY: {"name": "gateway",
@@ -265,7 +267,7 @@ def _job(
         *("id", "model", "ordinal", "revision", "state", "reason", "node", "gpus", "exit_status"),
         *("submitted", "limit", "started", "ends", "restarts", "published", "run_node", "ready"),
         *("trap_ready", "draining", "succeeds", "protect", "comment", "probe"),
-        *("keys", "excluded"),
+        *("keys", "avoids", "excluded", "placement"),
     )
     model = record.get("model", "chat")
     words = {"current": _revision(fleet, model), "old": OLD}
@@ -299,7 +301,7 @@ def _job(
         else _comment(fleet, record, submitted),
         exit_status=record.get("exit_status"),
         limit_s=int(record.get("limit", "24h")[:-1]) * _UNITS[record.get("limit", "24h")[-1]],
-        excluded=record.get("excluded", ""),
+        excluded=record.get("excluded", record.get("avoids", "")),
         gpus=record.get("gpus"),
     )
 
@@ -323,6 +325,8 @@ def _comment(fleet: Fleet, record: Record, submitted: Mapping[int, int]) -> Comm
         succeeds=None if succeeds is None else (succeeds, submitted.get(succeeds, _GONE_SINCE)),
         protect=record.get("protect", False),
         keys=tuple(record.get("keys", KEYS)),
+        placement=record.get("placement", fleet.slurm_for(model).placement if model else None),
+        avoids=record.get("avoids", ""),
     )
 
 

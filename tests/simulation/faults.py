@@ -5,6 +5,7 @@ An event is (cycle, kind, pick, amount): `pick` chooses among what the event cou
 event can be taken out of it without changing what the others strike.
 """
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -201,13 +202,23 @@ def _priority_wait(world: SimWorld, pick: int, amount: int) -> bool:
 
 
 def _excluded(world: SimWorld, pick: int, amount: int) -> bool:
-    """`scontrol update ExcNodeList` by its owner: a waiting job avoids all nodes but one."""
+    """A waiting job avoids all nodes but one: since it was submitted, or by `scontrol update`."""
     job = _picked(_pending(world), pick)
     if job is None:
         return False
+    before = job.exclude
     names = [node.name for node in world.cluster.nodes]
-    job.exclude = frozenset(names) - {names[amount % len(names)]}
-    world.cluster.kick()
+    others = [name for at, name in enumerate(names) if at != amount % len(names)]
+    job.exclude = frozenset(others)
+    if amount < 70:
+        job.base = job.comment = json.dumps({**json.loads(job.base), "avoids": ",".join(others)})
+        return True
+
+    def take_back() -> None:
+        job.exclude = before
+        world.cluster.kick()
+
+    world.timeline.after(60.0 + 6 * amount, take_back)
     return True
 
 
@@ -443,6 +454,11 @@ def _fallback(wanted: Wanted, _amount: int) -> None:
     wanted.fallback = not wanted.fallback
 
 
+def _partition(wanted: Wanted, amount: int) -> None:
+    """Of `debug` the time limit is short: where walltimes are longer nothing starts there."""
+    wanted.partition = "debug" if wanted.partition == "gpu" and amount < 40 else "gpu"
+
+
 def _gpus(wanted: Wanted, amount: int) -> None:
     wanted.gpus = 1 + amount % 2
 
@@ -521,6 +537,7 @@ EDITS: dict[str, Edit] = {
     "edit_promote": _edit(_promote),
     "edit_fallback": _edit(_fallback),
     "edit_gpus": _edit(_gpus),
+    "edit_partition": _edit(_partition),
     "edit_adds_model": _model_added,
     "edit_removes_model": _model_removed,
     "key_rotated": _key_rotated,

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from reconciler.naming import parse_comment, parse_name
 from reconciler.plan import Cancel, Drain, JobRef, NoteKind, Plan, Reason, Route, Status, Submit
-from reconciler.rollover import MARGIN_S
-from reconciler.spec import Fleet, Model
+from reconciler.spec import MARGIN_S, Fleet, Model
 from reconciler.state import Health, JobKey, Probe
 from tests.simulation.cluster import FLEET, STARTED, SimJob
 from tests.simulation.gateways import Configuration, SimGateway
@@ -317,13 +316,19 @@ class Invariants(Watch):
         for one in plan.actions:
             if isinstance(one, Cancel) and one.pending and one.reason in _TOO_MANY:
                 name = one.job.name
-                if (name.model, name.revision) in new and not self._has_a_revoked_key(one.job):
+                if (name.model, name.revision) in new and not self._is_outdated(one.job):
                     self._fail(2, f"{name} goes ({one.reason}), and one like it is submitted")
 
-    def _has_a_revoked_key(self, ref: JobRef) -> bool:
-        job = self._world.cluster.jobs.get(ref.id)
+    def _is_outdated(self, ref: JobRef) -> bool:
+        """Whether it has a revoked key, or waits where its model is not to run any more."""
+        job, model = self._world.cluster.jobs.get(ref.id), self._fleet.model(ref.name.model)
         comment = parse_comment(job.comment) if job is not None else None
-        return comment is not None and not set(comment.keys) <= set(self._world.secrets.ids)
+        if job is None or model is None:
+            return False
+        if comment is None:
+            return job.reason == "PartitionTimeLimit"
+        moved = comment.placement != self._fleet.slurm_for(model).placement
+        return moved or not set(comment.keys) <= set(self._world.secrets.ids)
 
     def probed(self, probes: Mapping[JobKey, Probe]) -> None:
         """Note which addresses have answered a completion, by the truth of the engine there."""
@@ -359,8 +364,12 @@ class Invariants(Watch):
                 self._fail(1, "no probe gets out, and that is taken for the fleet's fault")
 
     def _owns_all(self, plan: Plan) -> None:
-        """Invariant 3: every live job of ours that was listed is somewhere in the plan."""
+        """Invariants 3 and 4: every live job of ours that was listed is in the plan, no other."""
         world = self._world
+        for view in plan.replicas:
+            listed = world.cluster.jobs.get(view.job_id)
+            if listed is not None and listed.name == str(view.name):
+                self._not_foreign(listed)
         if not world.cycle.believable or not plan.replicas:
             return
         known = {view.job_id for view in plan.replicas}

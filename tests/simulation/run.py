@@ -243,7 +243,7 @@ class Simulation:
                 cluster.publish(job)
         for wanted in self.spec.models.values():
             wanted.suspend = wanted.paused = False
-            wanted.behaviour = "good"
+            wanted.behaviour, wanted.partition = "good", "gpu"
         self.spec.walltime = "8:00:00"
         self.spec.allow_destroy = frozenset(NAMES)
         if not self.spec.commit():

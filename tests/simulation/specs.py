@@ -27,6 +27,7 @@ class Wanted:
     replicas: int
     gpus: int = 1
     image: str = "one"
+    partition: str = "gpu"
     version: int = 0  # any change of it is a new revision
     behaviour: str = "good"
     suspend: bool = False
@@ -102,6 +103,7 @@ def _model(name: str, wanted: Wanted) -> dict[str, Any]:
     return {
         "name": name,
         "image": wanted.image,
+        "slurm": {"partition": wanted.partition},
         "weights": f"/models/{name}",
         "args": {"seed": wanted.version},
         "env": {} if wanted.behaviour == "good" else {"SIM_BEHAVIOUR": wanted.behaviour},

@@ -68,6 +68,11 @@ def avoided_for_ever(patch: Patch) -> None:
     patch.setattr(Seen, "_avoids_in_vain", lambda *_: False)
 
 
+def placed_for_ever(patch: Patch) -> None:
+    """A job that waits stays where it was submitted to, whatever the spec says now."""
+    patch.setattr(Seen, "_placement", lambda *_: None)
+
+
 def observer_trusted(patch: Patch) -> None:
     """That nobody answers is never taken for the observer's own fault."""
     patch.setattr(Seen, "_observer_suspect", lambda _: False)
@@ -290,6 +295,7 @@ MUTATIONS: Mapping[Break, frozenset[int]] = {
     absent_when_unknown: frozenset({1}),
     emptiness_believed: frozenset({1}),
     avoided_for_ever: frozenset({0}),
+    placed_for_ever: frozenset({0}),
     observer_trusted: frozenset({1}),
     no_singleton: frozenset({2}),
     submitted_again: frozenset({2}),

@@ -97,6 +97,8 @@ def job(
     vandalised: bool = False,
     gpus: int = 1,
     keys: tuple[str, ...] = KEYS,
+    placement: str | None = None,
+    avoids: str = "",
 ) -> Job:
     """A job of revision `of`: running, with its address published, unless told otherwise."""
     run = Run(
@@ -109,7 +111,9 @@ def job(
     )
     waiting = state == "PENDING"
     told = run if published and not waiting else None
-    comment = Comment(gpus=gpus, commit=None, run=told, keys=keys)
+    comment = Comment(
+        gpus=gpus, commit=None, run=told, keys=keys, placement=placement, avoids=avoids
+    )
     return Job(
         id=id,
         submitted_at=submitted_at,
@@ -121,6 +125,7 @@ def job(
         ends_at=ends_at,
         restarts=restarts,
         comment=None if vandalised else comment,
+        excluded=avoids,
     )
 
 

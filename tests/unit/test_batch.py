@@ -99,13 +99,13 @@ GOLDEN = """\
 #SBATCH --gres=gpu:1
 #SBATCH --dependency=singleton
 #SBATCH --comment='{"v":1,"fleet":"demo","model":"tiny","revision":"0123abcd",\
-"commit":"0123456789ab","gpus":1,"keys":["aaaaaaaa","bbbbbbbb"]}'
+"commit":"0123456789ab","gpus":1,"keys":["aaaaaaaa","bbbbbbbb"],"placement":"0cc83a45"}'
 #SBATCH --output='/shared/logs/%x.%j.log'
 #SBATCH --no-requeue
 # recipe: ...
 
 comment_base='{"v":1,"fleet":"demo","model":"tiny","revision":"0123abcd",\
-"commit":"0123456789ab","gpus":1,"keys":["aaaaaaaa","bbbbbbbb"]'
+"commit":"0123456789ab","gpus":1,"keys":["aaaaaaaa","bbbbbbbb"],"placement":"0cc83a45"'
 program=/images/vllm.sif
 image_cache=''
 weights=/models/tiny

@@ -11,7 +11,7 @@ from reconciler.batch import batch_script
 from reconciler.cycle import cycle
 from reconciler.observe import World
 from reconciler.plan import NoteKind, Reason, Submit
-from reconciler.state import Health, Memory, Probe, Recipe
+from reconciler.state import Failures, Health, Memory, Probe, Recipe
 from tests.unit.build import AT, DIGEST, fleet, job, model_record, revision
 from tests.unit.test_execute import FakeJournal, FakeWorld
 
@@ -78,6 +78,20 @@ def test_recipe_that_memory_lost_is_found_in_the_script_of_a_serving_replica() -
         say=lambda _: None,
     )
     assert [memory.kept for memory in saved] == [{"tiny": recipe}]
+
+
+def test_what_was_kept_is_submitted_where_the_spec_says_now() -> None:
+    """A partition that was wrong then would be so for ever."""
+    before = fleet(model_record(replicas=1, args={"seed": 1}, slurm={"partition": "wrong"}))
+    after = fleet(model_record(replicas=1, args={"seed": 2}))
+    kept = Recipe.of(before, before.models[0], digest=DIGEST, program="/opt/engine", commit=None)
+    bad = Failures(count=5, last_at=AT, counted=frozenset())
+    memory = Memory(kept={"tiny": kept}, failures={f"tiny.{revision(after)}": bad})
+    fake = FakeWorld(journal=FakeJournal(memory=memory))
+    cycle(after, world(fake), at=AT, commit=None, say=lambda _: None)
+    [script] = fake.submitted
+    assert f"--job-name=demo.tiny.{kept.revision}.0" in script
+    assert "#SBATCH --partition=gpu\n" in script
 
 
 @pytest.mark.parametrize("hours", [1, 24 * 365])

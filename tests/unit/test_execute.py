@@ -151,6 +151,7 @@ class FakeJournal:
     full: int = 1000
     done: list[str] = field(default_factory=list)  # of the world, to know what came first
     rows: list[str] = field(default_factory=list)
+    memory: Memory = field(default_factory=Memory)
 
     def intend(self, at: float, action: Action) -> int:
         self._write(f"{action.kind} intended at {at:.0f}, {len(self.done)} done")
@@ -161,7 +162,7 @@ class FakeJournal:
         self._write(f"{intent} {result}, {len(self.done)} done: {detail}")
 
     def load(self) -> Memory:
-        return Memory()
+        return self.memory
 
     def save(self, memory: Memory) -> None:
         assert memory is not None

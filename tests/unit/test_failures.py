@@ -215,7 +215,7 @@ def test_node_where_alone_jobs_fail_is_avoided_for_a_while() -> None:
 
 
 @pytest.mark.parametrize(
-    ("excluded", "reason", "word", "replaced"),
+    ("avoids", "reason", "word", "replaced"),
     [
         ("node1", "Resources", "idle", True),
         ("node[1-2]", "ReqNodeNotAvail, UnavailableNodes:node3", "mixed", True),
@@ -227,20 +227,37 @@ def test_node_where_alone_jobs_fail_is_avoided_for_a_while() -> None:
     ],
 )
 def test_job_that_waits_for_nodes_avoids_none_in_vain(
-    excluded: str, reason: str, word: str, replaced: bool
+    avoids: str, reason: str, word: str, replaced: bool
 ) -> None:
     """A quarantine ends, and the nodes that a job avoids are those of its submission."""
     one = fleet(model_record(replicas=1))
-    waiting = job(revision(one), state="PENDING", reason=reason)
+    waiting = job(revision(one), state="PENDING", reason=reason, avoids=avoids)
     node2 = _failures(_failure(Cause.ENGINE, "node2"), _failure(Cause.ENGINE, "node2"))
     seen = observation(
-        replace(waiting, excluded=excluded),
+        waiting,
         gateways=[view(one)],
         nodes={"node1": word, "node2": "idle", "node3": "drained"},
     )
     decided = plan(one, seen, Memory(failures={f"other.{REV}": node2}))
     assert ended(decided) == ({1: f"cancel: {Reason.QUARANTINE_OVER}"} if replaced else {})
     assert [submit.exclude for submit in submits(decided)] == ([("node2",)] if replaced else [])
+
+
+@pytest.mark.parametrize(
+    ("avoids", "excluded"),
+    [("", "node1"), ("node3", "node1"), ("node1", "")],
+    ids=["not by us", "others by us", "taken back"],
+)
+def test_node_that_the_site_excludes_replaces_no_job(avoids: str, excluded: str) -> None:
+    """A plugin of the site, or a person, would do it to the next job too: again and again."""
+    one = fleet(model_record(replicas=1))
+    waiting = job(revision(one), state="PENDING", reason="Resources", avoids=avoids)
+    seen = observation(
+        replace(waiting, excluded=excluded),
+        gateways=[view(one)],
+        nodes={"node1": "idle", "node3": "idle"},
+    )
+    assert plan(one, seen, Memory()).actions == ()
 
 
 def test_R25_node_after_node_that_fails_backs_off_and_is_avoided() -> None:

@@ -12,7 +12,7 @@ from reconciler.memory import (
 )
 from reconciler.plan import NoteKind, Plan, Reason
 from reconciler.planner import plan
-from reconciler.rollover import MARGIN_S
+from reconciler.spec import MARGIN_S
 from reconciler.state import Job, Maintenances, Memory
 from tests.unit.build import (
     AT,

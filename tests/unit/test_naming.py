@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from reconciler.adapters.secrets import MOST_KEYS
 from reconciler.naming import (
     Comment,
     ReplicaName,
@@ -55,8 +56,12 @@ def test_name_of_a_model_that_would_not_parse_is_no_label(label: str) -> None:
 def test_comment_of_a_submission_round_trips() -> None:
     """What a job is submitted with is read back, and has no address yet."""
     name = ReplicaName(fleet="demo", model="tiny", revision="0123abcd", ordinal=3)
-    text = submit_comment(name, gpus=3, commit="0123456789ab")
-    assert parse_comment(text) == Comment(gpus=3, commit="0123456789ab", run=None)
+    text = submit_comment(
+        name, gpus=3, commit="0123456789ab", placement="01234567", avoids=("gpu1", "gpu2")
+    )
+    assert parse_comment(text) == Comment(
+        gpus=3, commit="0123456789ab", run=None, placement="01234567", avoids="gpu1,gpu2"
+    )
     assert json.loads(text)["model"] == "tiny"
     assert text.isascii()
     assert "\n" not in text
@@ -66,7 +71,20 @@ def test_comment_of_a_submission_round_trips() -> None:
 def test_comment_of_the_longest_names_fits_slurm() -> None:
     """The comment, with all that the job adds, stays below Slurm's 1,024 bytes."""
     name = ReplicaName(fleet="f" * 40, model="m" * 40, revision="0" * 8, ordinal=999_999)
-    base = submit_comment(name, gpus=1_000_000, commit="0" * 12)
+    base = submit_comment(
+        name,
+        gpus=1_000_000,
+        commit="0" * 12,
+        succeeds=(2**26, 2**33),
+        protect=True,
+        keys=("0" * 8,) * MOST_KEYS,
+        placement="0" * 8,
+        avoids=["node1", *(f"node{at:059}" for at in range(2, 99))],
+    )
+    comment = parse_comment(base)
+    assert comment is not None
+    assert comment.avoids.startswith("node1,node")  # of many the first ones: each of them whole
+    assert {len(node) for node in comment.avoids.split(",")} == {5, 63}
     run = '"run":{"node":"%s","restarts":9999,"address":"255.255.255.255:65535"' % ("n" * 255)
     assert len(base) + len(run) + 100 < 1024
 

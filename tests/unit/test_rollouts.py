@@ -64,6 +64,58 @@ def submitted(decided: Plan) -> list[tuple[str, int, str]]:
     return [(s.name.revision, s.name.ordinal, s.reason) for s in submits(decided)]
 
 
+# --- another slurm block ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("slurm", "moves"),
+    [
+        ({}, False),
+        ({"walltime": "24:00:00"}, False),  # the same, in other words
+        ({"log_dir": "/elsewhere"}, False),
+        *(({key: "other"}, True) for key in ("partition", "account", "qos")),
+        ({"walltime": "12:00:00"}, True),
+    ],
+)
+def test_job_waits_where_the_slurm_block_says_now(slurm: dict[str, str], moves: bool) -> None:
+    """It may never start where it waits, as for its walltime; what runs there already goes on."""
+    block = {"partition": "gpu", "walltime": "1-00:00:00", "log_dir": "/shared/logs"}
+    before = fleet(slurm=block)
+    after = fleet(slurm={**block, **slurm})
+    old = before.slurm_for(before.models[0]).placement
+    rev = revision(after)
+    assert rev == revision(before)
+    waits = job(rev, id=1, state="PENDING", reason="PartitionTimeLimit", placement=old)
+    runs = job(rev, id=2, ordinal=1, placement=old)
+    decided = decide([waits, runs], Memory(), after)
+    assert ended(decided) == ({1: "cancel: stale"} if moves else {})
+    assert submitted(decided) == ([(rev, 2, Reason.STALE)] if moves else [])
+
+
+@pytest.mark.parametrize(
+    ("reason", "goes"),
+    [("PartitionTimeLimit", True), ("Priority", False), ("JobHeldUser", False)],
+)
+def test_unreadable_job_that_can_not_start_is_submitted_anew(reason: str, goes: bool) -> None:
+    """Nothing tells where it was to run, and it can't write its comment anew before it starts."""
+    wanted = fleet(model_record(replicas=1))
+    waits = job(revision(wanted), state="PENDING", reason=reason, vandalised=True)
+    assert ended(decide([waits], Memory(), wanted)) == ({1: "cancel: stale"} if goes else {})
+
+
+def test_job_of_the_kept_revision_waits_where_the_slurm_block_says_now() -> None:
+    """Its recipe is of an older spec: where jobs go is no part of it."""
+    moved = fleet(model_record(args={"seed": 2}, slurm={"partition": "other"}))
+    for wanted, moves in ((AFTER, False), (moved, True)):
+        old = AFTER.slurm_for(AFTER.models[0]).placement
+        serves, waits = (
+            job(GOOD, id=1),
+            job(GOOD, id=2, ordinal=1, state="PENDING", placement=old),
+        )
+        decided = decide([serves, waits], failing(), wanted)
+        assert ended(decided) == ({2: "cancel: stale"} if moves else {})
+
+
 # --- a halted release -------------------------------------------------------------------------
 
 

@@ -10,12 +10,12 @@ from reconciler.rollover import (
     LEAD_DEFAULT_S,
     LEAD_LEAST_S,
     LEAD_SPARE,
-    MARGIN_S,
     due,
     last_moment,
     lead_s,
     staggered,
 )
+from reconciler.spec import MARGIN_S
 from reconciler.state import Job, Memory, Progress
 from tests.unit.build import AT, fleet, job, model_record, observation, revision, view
 

@@ -151,6 +151,14 @@ def test_model_without_a_replica_has_no_upstream() -> None:
     assert states == {"tiny": "ready", "big": "ready", "starting": "starting", "stopped": "stopped"}
 
 
+def test_model_of_a_canary_alone_is_not_called_stopped() -> None:
+    """Somebody waits for it, and it is on its way."""
+    canary = {"args": {"seed": 1}, "replicas": 1}
+    for replicas, state in ((1, "starting"), (0, "stopped")):
+        wanted = fleet(model_record(replicas=0, canary={**canary, "replicas": replicas}))
+        assert known(rendered(wanted, []).files["fleet.json"])["states"] == {"tiny": state}
+
+
 def test_target_of_a_model_that_left_the_spec_is_served_by_its_name() -> None:
     """Who is guarded goes on serving; the planner alone decides who gets requests."""
     stray = Target(model="gone", job_id=1, submitted_at=1, address="10.0.0.1:1", keys=KEYS)

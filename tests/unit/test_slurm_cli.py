@@ -108,7 +108,7 @@ def test_gpus_that_a_job_was_submitted_with_are_read(
 def test_nodes_that_a_job_avoids_are_read() -> None:
     """Slurm writes them as it writes all lists of nodes."""
     [job] = listing(line(excluded="gpu[1-2]")).jobs
-    assert job.excluded_names == ("gpu1", "gpu2")
+    assert job.excluded == "gpu[1-2]"
 
 
 # As `scontrol show reservation --oneliner` printed it on 24.11, with SLURM_TIME_FORMAT=%s.

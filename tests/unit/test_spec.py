@@ -158,8 +158,9 @@ BROKEN: dict[str, tuple[str, str, str]] = {
         '3:25: slurm.walltime: must be longer than nothing (given: "0:00")',
     ),
     "walltime-too-short": (
-        *("4:00:00", "30:00"),
-        "10:5: the walltime must be longer than startup plus drain timeout (1800 s)",
+        *("4:00:00", "30:59"),
+        "10:5: the walltime must be 1860 s at least: startup and drain timeout, and a minute "
+        "beside them",
     ),
     "memory-without-unit": (
         *("4G", "4000"),
@@ -673,3 +674,22 @@ def test_did_you_mean_of_a_huge_key_is_one_short_line(tmp_path: Path) -> None:
     """A key of any length is shown in part: an error stays one readable line."""
     [line] = validate_text(tmp_path, GOOD + f"{'k' * 1000}: 1\n")
     assert re.fullmatch(r'fleet.yaml:15:1: unknown key "k+\.\.\.', line)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "warns"),
+    [
+        ("gpus: 4", "gpus: 3", False),
+        ("gpus: 4", "gpus: 2", True),
+        ("models:", "defaults: {rollout: {max_unavailable: 1}}\nmodels:", False),
+    ],
+)
+def test_budget_without_room_for_a_successor_is_a_warning(
+    old: str, new: str, warns: bool, tmp_path: Path
+) -> None:
+    """Such a fleet can be served, and then neither rolled nor kept over a walltime's end."""
+    text = GOOD.replace(old, new, 1).replace("gpus: 4", "gpus: 2")
+    (tmp_path / "fleet.yaml").write_text(text, encoding="utf-8")
+    result = CliRunner().invoke(main, ["validate", str(tmp_path)])
+    assert result.exit_code == 0
+    assert ("warning: the budget leaves 0 GPUs beside" in result.stderr) == warns

@@ -123,14 +123,19 @@ def validate(spec: Path, as_json: bool) -> None:
             raise
         click.echo(json.dumps({"problems": [*map(asdict, error.problems)]}, indent=2))
         sys.exit(1)
-    replicas = sum(model.replicas for model in fleet.models)
+    replicas = sum(one.replicas for model in fleet.models for one in model.variants)
     if as_json:
         click.echo(json.dumps({"problems": [], "warnings": [*map(asdict, warnings)]}))
     else:
         for item in warnings:
             place = f"{item.file}:{item.line}:{item.column}"
             click.echo(f"{place}: warning: {item.message}", err=True)
-        click.echo(f"{spec}: fleet {fleet.fleet}, {len(fleet.models)} models, {replicas} replicas")
+        wanted = f"{_count(len(fleet.models), 'model')}, {_count(replicas, 'replica')}"
+        click.echo(f"{spec}: fleet {fleet.fleet}, {wanted}")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 @main.command()

@@ -76,7 +76,7 @@ def test_installed_command_works_without_the_checkout(installed: list[str]) -> N
     valid = fleet(installed, "validate", "/mnt/specs/demo-standin")
     assert (valid.returncode, valid.stdout) == (
         0,
-        "/mnt/specs/demo-standin: fleet demo, 1 models, 2 replicas\n",
+        "/mnt/specs/demo-standin: fleet demo, 1 model, 2 replicas\n",
     )
     assert fleet(installed, "schema").stdout == (CHECKOUT / "specs/schema.json").read_text()
     edit = (

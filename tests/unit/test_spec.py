@@ -77,7 +77,7 @@ def test_good_spec_is_accepted_and_summarised(tmp_path: Path) -> None:
     (tmp_path / "fleet.yaml").write_text(GOOD)
     result = CliRunner().invoke(main, ["validate", str(tmp_path)])
     assert result.exit_code == 0
-    assert result.stdout == f"{tmp_path}: fleet demo, 1 models, 2 replicas\n"
+    assert result.stdout == f"{tmp_path}: fleet demo, 1 model, 2 replicas\n"
 
 
 LABEL = "must be a DNS label: lower case letters, digits and inner hyphens"

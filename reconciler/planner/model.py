@@ -126,11 +126,13 @@ class _Case:
 
     @property
     def max_unavailable(self) -> int:
-        """How many may be missing for a while; the model itself has spent that for its canary.
+        """How many may be missing for a while; none for the sake of what may not be submitted.
 
-        None for the sake of what may not be submitted.
+        The model itself has spent that for its canary, unless no other step is left: where the
+        budget has no room for the canary's successor.
         """
-        if self.canary or self.held is not None:
+        spent = self.canary and self.seen.gpus_free >= self.model.resources.gpus_total
+        if spent or self.held is not None:
             return 0
         return self.seen.fleet.defaults.rollout.max_unavailable
 

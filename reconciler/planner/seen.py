@@ -77,6 +77,11 @@ class Seen:
         for name in self.aborted:
             self.variants[name] = self.variants[name][:1]
 
+    @property
+    def gpus_free(self) -> int:
+        """How many GPUs of the budget nothing holds; below 0 if it was made smaller."""
+        return self.fleet.budget.gpus - self.gpus_held
+
     def jobs_of(self, model: str) -> Sequence[Job]:
         """Return the live jobs that bear a model's name, of any revision."""
         return self._jobs_of.get(model, ())
@@ -144,13 +149,12 @@ class Seen:
 
     def due(self, model: Model, jobs: Sequence[Job]) -> frozenset[JobKey]:
         """Return which of a model's jobs of one revision must have a successor now."""
-        headroom = self.fleet.budget.gpus - self.gpus_held
         return due(
             jobs,
             at=self.at,
             leads=self.memory.leads.get(model.name, ()),
             drain_timeout_s=self.fleet.drain_timeout_s(model),
-            slots=headroom // model.resources.gpus_total,
+            slots=self.gpus_free // model.resources.gpus_total,
             nodes=self.observation.nodes or {},
         )
 

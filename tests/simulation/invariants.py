@@ -259,6 +259,8 @@ class Invariants(Watch):
             needed = min(1, model.replicas)
         elif canary:
             needed = sum(variant.replicas for variant in model.variants[1:])
+            if self._plan.gpus_budget - self._plan.gpus_held < model.resources.gpus_total:
+                needed -= self._fleet.defaults.rollout.max_unavailable
         if ready < needed:
             self._fail(8, f"{job.name} goes although only {ready} of {needed} others serve")
 

@@ -14,6 +14,7 @@ from reconciler.planner import plan
 from reconciler.state import Keyring, Memory
 from tests.unit.build import (
     AT,
+    DIGEST,
     KEYS,
     RING,
     ended,
@@ -72,6 +73,22 @@ def test_canary_with_a_revoked_key_has_a_successor_that_stays() -> None:
     decided = plan(wanted, observation(*seen, gateways=[view(wanted, *seen)]), Memory())
     assert list(leaving(decided)) == [2]
     assert submits(decided) == []
+
+
+@pytest.mark.parametrize(("gpus", "left"), [(2, [2]), (3, [])])
+def test_canary_goes_first_only_where_its_successor_has_no_room(gpus: int, left: list[int]) -> None:
+    """And only where max_unavailable lets one be missing: else it would stay for ever."""
+    wanted = fleet(
+        model_record(replicas=1, canary={"args": {"seed": 1}}),
+        budget={"gpus": gpus},
+        defaults={"rollout": {"max_unavailable": 1}},
+    )
+    (_, canary) = wanted.models[0].variants
+    tried = job(canary.revision(DIGEST), id=2, ordinal=1, keys=(REVOKED, *KEYS))
+    seen = [job(revision(wanted), id=1), tried]
+    decided = plan(wanted, observation(*seen, gateways=[view(wanted, *seen)]), Memory())
+    assert [*leaving(decided)] == left
+    assert len(submits(decided)) == (gpus == 3)
 
 
 def test_open_fleet_takes_replicas_without_keys() -> None:

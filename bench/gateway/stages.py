@@ -7,7 +7,7 @@ from http.client import HTTPException
 from bench.gateway import figures
 from bench.gateway.figures import Goal, Row, Run, added, share, spread, turns, void
 from bench.gateway.load import Stream, Ticks, wrk
-from bench.gateway.ways import RUN, Way, chat, completion
+from bench.gateway.ways import RUN, Way, chat, chat_stream, completion
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 # What the paper's bridge adds, in ms, to so many requests at once (its table).
@@ -88,7 +88,7 @@ def sixteen_connections(stage: Stage) -> Iterator[Row]:
 def streams(stage: Stage) -> Iterator[Row]:
     """How much later the first byte of a stream comes; connecting is a part of it, for all ways."""
     rounds, count = stage.pace.streams
-    text = completion(stream=True)
+    text = chat_stream()
     clients = {name: Stream(way.port, way.context) for name, way in stage.ways.items()}
     runs: dict[str, dict[int, Run]] = {name: {} for name in stage.ways}
     why: dict[str, str] = {}
@@ -97,7 +97,7 @@ def streams(stage: Stage) -> Iterator[Row]:
         began = Ticks.now()
         for _, name in turns(list(taken), count):
             try:
-                ms = clients[name].first_byte_ms(COMPLETIONS, text, stage.ways[name].key)
+                ms = clients[name].first_byte_ms(CHAT, text, stage.ways[name].key)
                 taken[name].append(ms)
             except (ValueError, OSError, HTTPException) as error:
                 why[name] = str(error)
@@ -155,7 +155,7 @@ def _crowd(ways: Mapping[str, Way], crowd: int, pace: Pace) -> tuple[figures.Run
     for at in range(2 * pace.crowd_rounds):
         found, failed = _runs(
             ways,
-            completion(stream=False),
+            completion(),
             1,
             path=COMPLETIONS,
             connections=crowd,

@@ -152,9 +152,15 @@ def chat(kib: int) -> bytes:
     return json.dumps(record).encode()
 
 
-def completion(*, stream: bool) -> bytes:
-    """What the stand-in takes a second for, or answers with a stream."""
-    return json.dumps({"model": MODEL, "prompt": "Once", "stream": stream}).encode()
+def chat_stream() -> bytes:
+    """A chat request for a stream. The stand-in knows it by less than 500 bytes."""
+    messages = [{"role": "user", "content": "Once"}]
+    return json.dumps({"model": MODEL, "messages": messages, "stream": True}).encode()
+
+
+def completion() -> bytes:
+    """What the stand-in takes a second for."""
+    return json.dumps({"model": MODEL, "prompt": "Once", "stream": False}).encode()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The bench of the gateway: what its figures follow from, without measuring anything."""
 
 import json
+import re
 
 import pytest
 
@@ -16,7 +17,7 @@ from bench.gateway.figures import (
     void,
 )
 from bench.gateway.text import lines, verdict
-from bench.gateway.ways import chat, spec
+from bench.gateway.ways import CONF, chat, chat_stream, spec
 from reconciler.routes import render_gateway
 from reconciler.spec import Fleet
 
@@ -137,6 +138,17 @@ def test_body_has_its_size(kib: int) -> None:
     """The whole JSON, not only its message, is so many KiB."""
     assert len(chat(kib)) == 1024 * kib
     assert json.loads(chat(kib))["stream"] is False
+
+
+def test_only_a_stream_is_asked_for_in_a_short_body() -> None:
+    """The stand-in tells a stream by its request's length, also where a router adds some bytes."""
+    conf = (CONF / "backend.conf").read_text()
+    [short] = re.findall(r'\$content_length ~ "(.+?)"', conf)
+    assert json.loads(chat_stream())["stream"] is True
+    for more in (0, 200):
+        assert re.search(short, str(len(chat_stream()) + more))
+        assert not re.search(short, str(len(chat(1)) - more))
+    assert not re.search(short, "")
 
 
 @pytest.mark.parametrize("tls", [False, True])

@@ -73,6 +73,21 @@ def test_plan_changes_nothing_and_tells_by_its_exit_code(fleet: Fleet) -> None:
 
 
 @pytest.mark.soak
+def test_edit_of_the_slurm_block_moves_what_waits(fleet: Fleet) -> None:
+    """A partition of half an hour starts no job of four hours, ever: the next edit has it moved."""
+    fleet.edit("partition: gpu", "partition: debug")
+    fleet.run("apply")
+    wait_for("both to be told so", lambda: fleet.run("plan").count("PartitionTimeLimit") == 2)
+    before = {job[0] for job in _live_jobs(fleet)}
+    assert "waiting will not help" in fleet.run("plan")
+    assert "nothing to do" in fleet.run("plan")
+    fleet.edit("partition: debug", "partition: gpu")
+    _applied(fleet)
+    assert before.isdisjoint(job[0] for job in _live_jobs(fleet))
+    assert [replica["status"] for replica in fleet.replicas()] == ["ready", "ready"]
+
+
+@pytest.mark.soak
 def test_a_new_revision_rolls_without_a_lost_request(fleet: Fleet) -> None:
     """New replicas are ready before old ones drain, and every request in flight ends whole."""
     _applied(fleet)

@@ -106,7 +106,7 @@ BODIES: dict[str, tuple[bytes, int]] = {
     "no comma": (b'{"model":"tiny","x":[1 2]}', 400),
     "no colon": (b'{"model":"tiny","x":{"a" 1}}', 400),
     "number as a key": (b'{"model":"tiny","x":{1:1}}', 400),
-    "closed otherwise": (b'{"model":"tiny","x":[{]}}', 400),
+    "closed otherwise": (b'{"model":"tiny","x":{]}', 400),
     "comma in an empty list": (b'{"model":"tiny","x":[,]}', 400),
     "more behind it": (b'{"model":"tiny"}{}', 400),
     "half a surrogate in a text": (b'{"model":"tiny","x":"\\udc00"}', 400),

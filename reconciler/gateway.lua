@@ -230,10 +230,13 @@ local function compiled(pattern)
     return ffi.gc(made, C.ngx_http_lua_ffi_destroy_regex)
 end
 
+local function execute(pattern, text, length, from)
+    return C.ngx_http_lua_ffi_exec_regex(pattern, ONCE_TO_MACHINE_CODE, text, length, from)
+end
+
 -- How many captures a pattern's first match from there on has, itself one of them; nil: no match.
 local function seek(pattern, text, length, from)
-    local count = C.ngx_http_lua_ffi_exec_regex(
-        pattern, ONCE_TO_MACHINE_CODE, text, length, from)
+    local count = execute(pattern, text, length, from)
     assert(count > 0 or count == -1, "PCRE has failed")
     return count > 0 and count or nil
 end
@@ -243,26 +246,56 @@ local MODEL = compiled([["model"(?:\s*:\s*"([^"\\]+)")?+]])
 local ESCAPE = compiled([=[\\u00[67]]=])
 local STREAM = compiled([["stream"(?!\s*:\s*false)]])
 
--- A long body's model, if it asks for no stream; nil if it can be read in two ways. Whatever else
--- stands in it its engine will see, which refuses what is no JSON.
+-- An object as most are that ask for no stream, with its model. What matches is JSON and can be read
+-- in one way; of JSON what has escapes in its own keys, surrogates or a hundred levels may not match.
+local PLAIN = compiled([[(*UTF)(?x)
+    \A (?&space) \{ (?: (?&other) , )*+
+        (?&space) "model" (?&space) : (?&space) "([^"\\\x00-\x1f]++)" (?&space)
+    (?: , (?&other) )*+ \} (?&space) \z
+    (?(DEFINE)
+        (?<other> (?&space) (?: "stream" (?&space) : (?&space) false (?&space)
+            | (?! "(?:model|stream)" ) "[^"\\\x00-\x1f]*+" (?&space) : (?&value) ) )
+        (?<pair> (?&space) (?&text) (?&space) : (?&value) )
+        (?<value> (?&space) (?> (?&text) | (?&number) | true | false | null
+            | \[ (?> (?&value) (?: , (?&value) )*+ | (?&space) ) \]
+            | \{ (?> (?&pair) (?: , (?&pair) )*+ | (?&space) ) \} ) (?&space) )
+        (?<text> "[^"\\\x00-\x1f]*+(?: \\ (?: ["\\/bfnrt] | u [0-9a-cefA-CEF] [0-9a-fA-F]{3} )
+            [^"\\\x00-\x1f]*+ )*+" )
+        (?<number> -?+ (?: 0 | [1-9] [0-9]*+ ) (?: \. [0-9]++ )?+ (?: [eE] [+-]?+ [0-9]++ )?+ )
+        (?<space> [ \t\n\r]*+ )
+    )]])
+
+local function captured(pattern, text)
+    local from, to = pattern.captures[2], pattern.captures[3]
+    return ffi.string(text + from, to - from)
+end
+
+-- A body's model, if it asks for no stream; nil if this can't be seen at once. A short one is JSON
+-- then. Whatever else stands in a long one its engine will see, which refuses what is no JSON.
 local function glance()
     local length = tonumber(var.http_content_length)
-    if not length or length <= LONG then
+    if not length then
         return nil
     end
     local text, known = held()
-    if known ~= length or text[0] ~= 123 or text[1] == 0 then -- as UTF-16 begins
+    if known ~= length then
+        return nil
+    end
+    if length <= LONG then
+        return execute(PLAIN, text, length, 0) > 0 and {model = captured(PLAIN, text)} or nil
+    end
+    if text[0] ~= 123 or text[1] == 0 then -- as UTF-16 begins
         return nil
     end
     if seek(MODEL, text, length, 0) ~= 2 then
         return nil
     end
-    local to, from, last = MODEL.captures[1], MODEL.captures[2], MODEL.captures[3]
+    local to, model = MODEL.captures[1], captured(MODEL, text)
     if seek(MODEL, text, length, to) or seek(ESCAPE, text, length, 0)
         or seek(STREAM, text, length, 0) then
         return nil
     end
-    return {model = ffi.string(text + from, last - from)}
+    return {model = model}
 end
 
 -- Patterns of one member of an object, which needs no table of all that is in it. Of JSON they match

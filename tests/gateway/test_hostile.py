@@ -59,6 +59,11 @@ def head(*lines: str | bytes, path: str = CHAT) -> bytes:
     return b"\r\n".join([*parts, b"", b""])
 
 
+EVERY_KIND = (
+    b'{"a":[],"b":{},"c":[1,-0,2.50,1e9,-3E-7,1.5e+3],"stream" : false ,"d":[true,false,null],\n'
+    b'"e":{"model":"big","f":[{"stream":true}," \\"model\\":\\u00e9\\\\ "]},"":"",'
+    b'"model" : "%b","stream_options":null}'
+)
 BODIES: dict[str, tuple[bytes, int]] = {
     "last of two": (b'{"model":"big","model":"tiny"}', 200),
     "last of two, not a text": (b'{"model":"tiny","model":1}', 400),
@@ -92,6 +97,20 @@ BODIES: dict[str, tuple[bytes, int]] = {
     "deep object": (b'{"x":' * 50_000 + b"1" + b"}" * 50_000, 400),
     "deep and cut short": (b"[" * 500_000, 400),
     "deep enough for a schema": (b'{"model":"tiny","x":' + b"[" * 30 + b"]" * 30 + b"}", 200),
+    "deep": (b'{"model":"tiny","x":' + b"[" * 500 + b"]" * 500 + b"}", 200),
+    "one too deep": (b'{"model":"tiny","x":' + b"[" * 1_000 + b"]" * 1_000 + b"}", 400),
+    "every kind": (EVERY_KIND % b"tiny", 200),
+    "every kind, unknown": (EVERY_KIND % b"none", 404),
+    "bare word": (b'{"model":"tiny","x":[nul]}', 400),
+    "unknown escape": (b'{"model":"tiny","x":"\\x"}', 400),
+    "no comma": (b'{"model":"tiny","x":[1 2]}', 400),
+    "no colon": (b'{"model":"tiny","x":{"a" 1}}', 400),
+    "number as a key": (b'{"model":"tiny","x":{1:1}}', 400),
+    "closed otherwise": (b'{"model":"tiny","x":{]}', 400),
+    "comma in an empty list": (b'{"model":"tiny","x":[,]}', 400),
+    "more behind it": (b'{"model":"tiny"}{}', 400),
+    "half a surrogate in a text": (b'{"model":"tiny","x":"\\udc00"}', 400),
+    "both halves of a surrogate": (b'{"model":"tiny","x":"\\ud83d\\ude00"}', 200),
     "long number": (b'{"model":"tiny","x":' + b"9" * 4000 + b"}", 200),
     "many keys": (b'{"model":"big",' + b'"a":1,' * 19_000 + b'"model":"tiny"}', 200),
     "model of 900 KB": (b'{"model":"' + b"a" * 900_000 + b'"}', 404),

@@ -322,11 +322,14 @@ class Invariants(Watch):
                     self._fail(2, f"{name} goes ({one.reason}), and one like it is submitted")
 
     def _is_outdated(self, ref: JobRef) -> bool:
-        """Whether it has a revoked key, or waits where its model is not to run any more."""
+        """Whether it has a revoked key, or waits where its model is not to run any more.
+
+        Of one that Slurm has forgotten since it was listed nobody can tell.
+        """
         job, model = self._world.cluster.jobs.get(ref.id), self._fleet.model(ref.name.model)
-        comment = parse_comment(job.comment) if job is not None else None
         if job is None or model is None:
-            return False
+            return job is None
+        comment = parse_comment(job.comment)
         if comment is None:
             return job.reason == "PartitionTimeLimit"
         moved = comment.placement != self._fleet.slurm_for(model).placement

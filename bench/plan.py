@@ -74,6 +74,24 @@ def empty(models: int) -> World:
     return World(fleet=spec, observation=observation(gateways=[view(spec)]))
 
 
+def waiting(models: int) -> World:
+    """Everything was submitted and waits for its turn."""
+    spec = wanted(models)
+    placement = spec.slurm_for(spec.models[0]).placement
+    jobs = [
+        job(
+            one.name.revision,
+            id=one.id,
+            model=one.name.model,
+            ordinal=one.name.ordinal,
+            state="PENDING",
+            placement=placement,
+        )
+        for one in running(spec)
+    ]
+    return World(fleet=spec, observation=observation(*jobs, gateways=[view(spec)]))
+
+
 def stale(models: int) -> World:
     """Each model has a new revision."""
     spec = wanted(models)
@@ -113,6 +131,7 @@ def silent(models: int) -> World:
 SITUATIONS: tuple[tuple[str, Callable[[int], World]], ...] = (
     ("nothing to do", settled),
     ("all missing", empty),
+    ("all waiting", waiting),
     ("all stale", stale),
     ("all surplus", surplus),
     ("all expiring", expiring),

@@ -68,6 +68,12 @@ class Seen:
             )
             for model in fleet.models
         }
+        # Where the waiting ones' models are submitted now.
+        waiting = {job.name.model for job in self.live if self.status(job) is Status.PENDING}
+        self._placements = {
+            name: fleet.slurm_for(self.models[name]).placement
+            for name in waiting & self.models.keys()
+        }
         self._jobs_of: dict[str, list[Job]] = {}
         for job in self.live:
             self._jobs_of.setdefault(job.name.model, []).append(job)
@@ -181,8 +187,9 @@ class Seen:
         if job.comment is None:
             # Until it starts, and writes its comment anew, nothing else tells that it is outdated.
             return "it can't start as it was submitted" if job.never_starts else None
-        placement = self._placement(job)
-        if placement is not None and job.comment.placement not in (None, placement):
+        placement = self._placements.get(job.name.model)
+        moved = placement is not None and job.comment.placement not in (None, placement)
+        if moved and self.status(job) is Status.PENDING:
             return "it waits where its model is not to run any more (by its slurm block)"
         if self.observation.keyring is None:
             return None
@@ -191,11 +198,6 @@ class Seen:
             return "it takes requests without a key"
         revoked = [key for key in keys if key not in self.observation.keyring.ids]
         return f"it takes the revoked key {revoked[0]}" if revoked else None
-
-    def _placement(self, job: Job) -> str | None:
-        """Return where a waiting job would be submitted now; None of any other job."""
-        model = self.models.get(job.name.model) if job.phase is Phase.PENDING else None
-        return None if model is None else self.fleet.slurm_for(model).placement
 
     def fault(self, model: Model, job: Job) -> Reason | None:
         """Return why a job goes whatever others do, None if it may stay. Not of one that drains."""

@@ -26,6 +26,7 @@ from reconciler.observe import observe
 from reconciler.plan import Cancel, Drain, Status, Submit
 from reconciler.planner.model import Part
 from reconciler.planner.seen import Seen
+from reconciler.spec import Slurm
 from reconciler.state import Job, JobKey, Memory, Observation
 from tests.simulation.run import simulate
 from tests.simulation.script import read_script
@@ -70,7 +71,7 @@ def avoided_for_ever(patch: Patch) -> None:
 
 def placed_for_ever(patch: Patch) -> None:
     """A job that waits stays where it was submitted to, whatever the spec says now."""
-    patch.setattr(Seen, "_placement", lambda *_: None)
+    patch.setattr(Slurm, "placement", None)
 
 
 def observer_trusted(patch: Patch) -> None:

@@ -295,8 +295,6 @@ def verified_one_by_one(patch: Patch) -> None:
 MUTATIONS: Mapping[Break, frozenset[int]] = {
     absent_when_unknown: frozenset({1}),
     emptiness_believed: frozenset({1}),
-    avoided_for_ever: frozenset({0}),
-    placed_for_ever: frozenset({0}),
     observer_trusted: frozenset({1}),
     no_singleton: frozenset({2}),
     submitted_again: frozenset({2}),
@@ -336,6 +334,8 @@ def test_a_broken_rule_is_noticed(mutation: Break, monkeypatch: Patch) -> None:
 # What so few runs meet by chance, by the named case that is about it.
 RARE: Mapping[Break, tuple[str, int]] = {
     submissions_forgotten: ("submitted_jobs_vanish", 1),
+    avoided_for_ever: ("quarantine_over_while_a_job_waits", 0),
+    placed_for_ever: ("waits_in_the_wrong_partition", 0),
 }
 
 
